@@ -1,0 +1,6 @@
+//! Cached keys and values: how they lie in memory, what makes two caches the same, and the record that
+//! hands them over.
+
+pub mod fingerprint;
+pub mod layout;
+pub mod record;

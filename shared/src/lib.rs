@@ -1,0 +1,16 @@
+//! What Baton's router and worker agree on. No async runtime and no HTTP stack live here: only data, its
+//! meaning, and pure functions over it.
+//!
+//! Reading order: [`id`] and [`role`] name things; [`wire`] is what travels over HTTP; [`kv`] describes
+//! cached keys and values and the hand-over record; [`config`] reads files; [`text`] turns text into
+//! tokens and back (feature `text`); [`telemetry`] and [`os`] are what both daemons need at start.
+
+pub mod config;
+pub mod id;
+pub mod kv;
+pub mod os;
+pub mod role;
+pub mod telemetry;
+#[cfg(feature = "text")]
+pub mod text;
+pub mod wire;

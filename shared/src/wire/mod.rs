@@ -1,0 +1,8 @@
+//! What travels over HTTP: OpenAI's bodies, TensorRT-LLM's `disaggregated_params`, errors.
+
+pub mod chat;
+pub mod completion;
+pub mod disagg;
+pub mod error;
+pub mod models;
+pub mod usage;

@@ -1,0 +1,60 @@
+//! One rank's device. A [`StepPlan`] goes to every rank of an instance; block ids are equal on all ranks.
+
+pub mod conformance;
+pub mod cpu;
+pub mod fake;
+
+use crate::engine::step::{StepOut, StepPlan};
+use crate::kv::region::KvRegion;
+use baton_shared::id::BlockIndex;
+
+/// What a back end can do; fixed at start.
+#[derive(Clone, Debug)]
+pub struct Caps {
+    /// Most sequences in one step; slots are `0..max_sequences`.
+    pub max_sequences: u32,
+    /// Most input tokens in one step.
+    pub max_batch_tokens: u32,
+    /// Ids are `0..vocab`.
+    pub vocab: u32,
+    /// How many further steps may be submitted before a step is collected: 0 on the CPU, 1 on a GPU.
+    pub lag: u32,
+}
+
+/// Orders the outputs: `collect` takes tickets in the order `submit` gave them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepTicket(pub u64);
+
+/// A device failed; nothing of the step may be used.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    /// The plan breaks the contract: a bug of the caller.
+    #[error("step plan is invalid: {0}")]
+    InvalidPlan(String),
+    /// The device failed.
+    #[error("device failed: {0}")]
+    Device(String),
+}
+
+/// One rank's device.
+pub trait Backend: Send {
+    /// What this back end can do.
+    fn caps(&self) -> &Caps;
+    /// The KV pool: what gets registered with a transport.
+    fn pool(&self) -> &KvRegion;
+    /// Starts a step: returns at once (GPU) or runs it (CPU).
+    ///
+    /// # Errors
+    /// [`BackendError`]; the step did not happen.
+    fn submit(&mut self, step: &StepPlan) -> Result<StepTicket, BackendError>;
+    /// The oldest uncollected step's outputs; waits for it. `out` is overwritten.
+    ///
+    /// # Errors
+    /// [`BackendError`]; the step's outputs are lost.
+    fn collect(&mut self, ticket: StepTicket, out: &mut StepOut) -> Result<(), BackendError>;
+    /// Copies whole blocks `(from, to)` after all submitted steps.
+    ///
+    /// # Errors
+    /// [`BackendError`].
+    fn copy_blocks(&mut self, pairs: &[(BlockIndex, BlockIndex)]) -> Result<(), BackendError>;
+}

@@ -1,0 +1,148 @@
+//! Memory that peers read and write: only raw pointers and copies, never a `&mut [u8]` (a peer may write at any time).
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+
+use baton_shared::kv::layout::KvLayout;
+
+/// A page-aligned, zeroed private mapping of host memory, unmapped when the last [`Region`] of it is gone.
+#[derive(Debug)]
+struct HostMemory {
+    base: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: the mapping lives as long as the struct, and all access goes through raw pointers; who may touch which bytes when is decided by block states.
+unsafe impl Send for HostMemory {}
+// SAFETY: as above.
+unsafe impl Sync for HostMemory {}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        // SAFETY: `base` and `bytes` are what `mmap` gave, unmapped exactly once.
+        unsafe { libc::munmap(self.base.cast(), self.bytes) };
+    }
+}
+
+/// A range of memory that can be registered with a transport. Cloning shares it.
+#[derive(Clone, Debug)]
+pub struct Region {
+    memory: Arc<HostMemory>,
+}
+
+impl Region {
+    /// Zeroed host memory of at least `bytes` bytes.
+    ///
+    /// # Errors
+    /// What the system says when there is not so much.
+    pub fn host(bytes: usize) -> std::io::Result<Self> {
+        let bytes = bytes.max(1).next_multiple_of(4096);
+        // SAFETY: an anonymous private mapping at an address of the kernel's choice.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(Self { memory: Arc::new(HostMemory { base: base.cast(), bytes }) })
+    }
+
+    /// First byte.
+    pub fn base(&self) -> *mut u8 {
+        self.memory.base
+    }
+
+    /// Length in bytes.
+    pub fn bytes(&self) -> usize {
+        self.memory.bytes
+    }
+
+    /// Copies `into.len()` bytes from `offset`.
+    ///
+    /// # Panics
+    /// If the range is not inside the region.
+    pub fn read(&self, offset: usize, into: &mut [u8]) {
+        assert!(offset.checked_add(into.len()).is_some_and(|end| end <= self.bytes()));
+        // SAFETY: in bounds by the assertion; `into` is ours alone.
+        unsafe { std::ptr::copy_nonoverlapping(self.base().add(offset), into.as_mut_ptr(), into.len()) };
+    }
+
+    /// Copies `from` to `offset`.
+    ///
+    /// # Panics
+    /// If the range is not inside the region.
+    pub fn write(&self, offset: usize, from: &[u8]) {
+        assert!(offset.checked_add(from.len()).is_some_and(|end| end <= self.bytes()));
+        // SAFETY: in bounds by the assertion; `from` cannot overlap memory only reachable by raw pointers.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.base().add(offset), from.len()) };
+    }
+}
+
+/// The KV pool: memory and how it lies.
+#[derive(Clone, Debug)]
+pub struct KvRegion {
+    /// The memory.
+    pub region: Region,
+    /// How it lies.
+    pub layout: KvLayout,
+}
+
+/// A page of epoch words, one a lease slot. Only this process writes it; peers read it.
+#[derive(Clone, Debug)]
+pub struct EpochPage {
+    region: Region,
+}
+
+impl EpochPage {
+    /// `slots` words, all 0.
+    ///
+    /// # Errors
+    /// As [`Region::host`].
+    pub fn new(slots: usize) -> std::io::Result<Self> {
+        Ok(Self { region: Region::host(slots * 8)? })
+    }
+
+    /// What is registered.
+    pub fn region(&self) -> &Region {
+        &self.region
+    }
+
+    /// Words.
+    pub fn slots(&self) -> usize {
+        self.region.bytes() / 8
+    }
+
+    /// Address of a slot's word in this process.
+    ///
+    /// # Panics
+    /// If there is no such slot.
+    pub fn address(&self, slot: usize) -> u64 {
+        assert!(slot < self.slots());
+        self.region.base() as u64 + slot as u64 * 8
+    }
+
+    /// The word's value.
+    pub fn value(&self, slot: usize) -> u64 {
+        self.word(slot).load(Ordering::Acquire)
+    }
+
+    /// Raises the word; whatever is written to the lease's blocks afterwards is seen after this.
+    pub fn bump(&self, slot: usize) {
+        self.word(slot).fetch_add(1, Ordering::AcqRel);
+        fence(Ordering::SeqCst);
+    }
+
+    fn word(&self, slot: usize) -> &AtomicU64 {
+        assert!(slot < self.slots());
+        // SAFETY: in bounds, 8-aligned (page base), lives as long as `self`, and only accessed as an atomic here.
+        unsafe { AtomicU64::from_ptr(self.region.base().cast::<u64>().add(slot)) }
+    }
+}
