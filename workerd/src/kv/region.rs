@@ -1,5 +1,5 @@
 //! Memory that peers read and write: only raw pointers and copies, never a `&mut [u8]` (a peer may write at any time).
-#![allow(unsafe_code)]
+#![expect(unsafe_code, reason = "memory that peers read and write is reached by raw pointers only")]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
