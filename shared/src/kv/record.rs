@@ -60,7 +60,10 @@ pub struct RankBlocks {
 
 impl std::fmt::Debug for RankBlocks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("RankBlocks").field("agent", &self.agent).field("blocks", &self.blocks).finish_non_exhaustive()
+        f.debug_struct("RankBlocks")
+            .field("agent", &self.agent)
+            .field("blocks", &self.blocks)
+            .finish_non_exhaustive()
     }
 }
 

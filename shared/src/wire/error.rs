@@ -152,10 +152,7 @@ impl ErrorCode {
 
     /// Whether the answer carries `Retry-After`.
     pub fn has_retry_after(self) -> bool {
-        matches!(
-            self,
-            Self::QueueFull | Self::Unavailable | Self::NoWorkers | Self::PoolExhausted
-        )
+        matches!(self, Self::QueueFull | Self::Unavailable | Self::NoWorkers | Self::PoolExhausted)
     }
 
     /// The code a worker named, if it is one of ours.

@@ -91,7 +91,12 @@ pub trait Transport {
     /// Cached for each agent name.
     fn connect(&mut self, peer: &PeerAddress) -> Result<PeerId, TransportError>;
     /// Starts a transfer. Its memory stays in use until `poll` gives an end.
-    fn post(&mut self, op: Op, peer: PeerId, runs: &[CopyRun]) -> Result<TransferId, TransportError>;
+    fn post(
+        &mut self,
+        op: Op,
+        peer: PeerId,
+        runs: &[CopyRun],
+    ) -> Result<TransferId, TransportError>;
     /// Sends a short message (below 1 kB), after all transfers to that peer that have ended.
     fn notify(&mut self, peer: PeerId, message: &[u8]) -> Result<(), TransportError>;
     /// A dead incarnation, with no transfer under way.

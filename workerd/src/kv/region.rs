@@ -72,7 +72,9 @@ impl Region {
     pub fn read(&self, offset: usize, into: &mut [u8]) {
         assert!(offset.checked_add(into.len()).is_some_and(|end| end <= self.bytes()));
         // SAFETY: in bounds by the assertion; `into` is ours alone.
-        unsafe { std::ptr::copy_nonoverlapping(self.base().add(offset), into.as_mut_ptr(), into.len()) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.base().add(offset), into.as_mut_ptr(), into.len())
+        };
     }
 
     /// Copies `from` to `offset`.
@@ -82,7 +84,9 @@ impl Region {
     pub fn write(&self, offset: usize, from: &[u8]) {
         assert!(offset.checked_add(from.len()).is_some_and(|end| end <= self.bytes()));
         // SAFETY: in bounds by the assertion; `from` cannot overlap memory only reachable by raw pointers.
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.base().add(offset), from.len()) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(from.as_ptr(), self.base().add(offset), from.len())
+        };
     }
 }
 
