@@ -1,1 +1,12 @@
-//! wip
+//! The harness of Baton's end-to-end tests: real binaries as processes, a client that asserts the protocol's shape,
+//! and things that go wrong on purpose. Its binary `baton-up` is shipped.
+//!
+//! Reading order: [`process`] starts one binary, [`cluster`] a whole set of them, [`client`] talks to it.
+
+pub mod client;
+pub mod cluster;
+pub mod eventually;
+pub mod files;
+pub mod process;
+pub mod relay;
+pub mod scrape;

@@ -1,2 +1,1 @@
-//! wip
-fn main() {}
+//! End-to-end tests of the real binaries; a module a topic.

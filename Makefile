@@ -1,0 +1,29 @@
+# Targets for people; README.md says when to use which.
+
+CARGO_TEST = cargo test --release --workspace
+ARGS ?=
+
+.PHONY: run test test-long setup build clean
+
+## Two context workers, a generation worker and the router with a real model; prints an answer, stays up.
+run: build
+	@exec target/release/baton-up config/cluster.toml --try $(ARGS)
+
+## The whole suite.
+test: build
+	$(CARGO_TEST)
+
+## The long matrices too.
+test-long: build
+	BATON_TEST_LONG=1 $(CARGO_TEST)
+
+## What a build and a run need beyond the toolchain, into .deps.
+setup:
+	@integration/setup.sh
+
+build: setup
+	@cargo build --release --workspace --bins
+
+clean:
+	cargo clean
+	rm -rf .deps

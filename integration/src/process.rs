@@ -1,0 +1,160 @@
+//! One real binary as a child process: own folder, log kept and shown when the test fails, ended on drop.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Write;
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::files;
+
+/// A port nobody listens on now.
+///
+/// # Errors
+/// When the system has none left.
+pub fn free_port() -> Result<u16> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("a free port")?;
+    Ok(listener.local_addr()?.port())
+}
+
+/// How to start a binary.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// Its file name, `baton-router`.
+    pub binary: &'static str,
+    /// What it is called in logs.
+    pub name: String,
+    /// Its arguments.
+    pub args: Vec<OsString>,
+    /// Set for it, beside the caller's own environment.
+    pub env: Vec<(String, String)>,
+}
+
+/// A running child process.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    name: String,
+    log: PathBuf,
+    ended: Option<ExitStatus>,
+}
+
+impl Program {
+    /// `binary` with `args`, logging as `name`.
+    pub fn new<A: Into<OsString>>(
+        binary: &'static str,
+        name: impl Into<String>,
+        args: impl IntoIterator<Item = A>,
+    ) -> Self {
+        let args = args.into_iter().map(Into::into).collect();
+        Self { binary, name: name.into(), args, env: Vec::new() }
+    }
+
+    /// Starts it; stdout and stderr go to `folder/NAME.log`.
+    ///
+    /// # Errors
+    /// If it was not built or cannot be started.
+    pub fn spawn(&self, folder: &Path) -> Result<Process> {
+        let log = folder.join(format!("{}.log", self.name));
+        let out = File::options().create(true).append(true).open(&log).context("its log")?;
+        let child = Command::new(files::binary(self.binary)?)
+            .args(&self.args)
+            .envs(self.env.iter().map(|(key, value)| (key, value)))
+            .current_dir(folder)
+            .stdin(Stdio::null())
+            .stdout(out.try_clone()?)
+            .stderr(out)
+            .spawn()
+            .with_context(|| format!("starting `{}`", self.binary))?;
+        Ok(Process { child, name: self.name.clone(), log, ended: None })
+    }
+}
+
+impl Process {
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it is called.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it has written so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Its end, if it has ended.
+    ///
+    /// # Errors
+    /// If the system cannot tell.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        if self.ended.is_none() {
+            self.ended = self.child.try_wait()?;
+        }
+        Ok(self.ended)
+    }
+
+    /// Sends a signal, unless it has ended.
+    ///
+    /// # Errors
+    /// If there is no such program to send it with.
+    pub fn signal(&mut self, name: &str) -> Result<()> {
+        if self.ended()?.is_some() {
+            return Ok(());
+        }
+        // The child was not waited for, so its id cannot belong to another process.
+        let sent = Command::new("kill").arg(format!("-{name}")).arg(self.id().to_string()).status();
+        sent.context("`kill`").map(drop)
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// If it goes on for longer than `patience`.
+    pub fn wait(&mut self, patience: Duration) -> Result<ExitStatus> {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.ended()? {
+                return Ok(status);
+            }
+            if begun.elapsed() > patience {
+                bail!("`{}` still runs after {patience:?}", self.name);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// SIGTERM, then its exit status.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub fn terminate(&mut self, patience: Duration) -> Result<ExitStatus> {
+        self.signal("TERM")?;
+        self.wait(patience)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = self.log();
+            let mut err = std::io::stderr();
+            let _ = writeln!(err, "--- end of the log of `{}`", self.name);
+            for line in log.lines().skip(log.lines().count().saturating_sub(40)) {
+                let _ = writeln!(err, "{line}");
+            }
+        }
+        if matches!(self.ended(), Ok(None)) {
+            // Stopped children (SIGSTOP) end by SIGKILL too.
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
