@@ -1,0 +1,338 @@
+//! A scripted worker: speaks the TensorRT-LLM main dialect (and Baton's release call) over real HTTP, remembers what it
+//! was sent, and misbehaves when told to.
+
+use std::convert::Infallible;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::Result;
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response, StatusCode};
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Frame, Incoming};
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio::task::{AbortHandle, JoinSet};
+
+/// What the worker does with the next requests.
+#[derive(Clone, Debug)]
+pub enum Behaviour {
+    /// Answers as it should: a context pass with first token `A`, a generation with `words` more.
+    Serve,
+    /// The first token ends the text: `finish_reason` `stop`.
+    EarlyStop,
+    /// This status and body, whatever was asked.
+    Refuse(u16, Value),
+    /// The connection is closed without an answer.
+    Close,
+    /// No answer, ever.
+    Hang,
+    /// A generation answer breaks off after this many events.
+    BreakAfter(usize),
+    /// A generation answer has this long between two events.
+    Pace(Duration),
+}
+
+/// A request as it came.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// `/v1/completions`, …
+    pub path: String,
+    /// Head.
+    pub headers: HeaderMap,
+    /// Body.
+    pub body: Value,
+}
+
+impl Seen {
+    /// `disaggregated_params.KEY`.
+    pub fn param(&self, key: &str) -> &Value {
+        &self.body["disaggregated_params"][key]
+    }
+}
+
+/// A running mock; ends when dropped.
+#[derive(Debug)]
+pub struct MockWorker {
+    /// Where it listens.
+    pub address: SocketAddr,
+    state: Arc<State>,
+    accepting: AbortHandle,
+}
+
+#[derive(Debug)]
+struct State {
+    baton: bool,
+    words: usize,
+    behaviour: Mutex<Behaviour>,
+    seen: Mutex<Vec<Seen>>,
+    cancelled: AtomicUsize,
+}
+
+type Body = BoxBody<Bytes, std::io::Error>;
+
+impl MockWorker {
+    /// A worker that calls itself Baton's (`baton`) or TensorRT-LLM's, and generates `words` tokens after the first.
+    ///
+    /// # Errors
+    /// If it cannot listen.
+    pub async fn start(baton: bool, words: usize) -> Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let address = listener.local_addr()?;
+        let state = Arc::new(State {
+            baton,
+            words,
+            behaviour: Mutex::new(Behaviour::Serve),
+            seen: Mutex::default(),
+            cancelled: AtomicUsize::new(0),
+        });
+        let shared = Arc::clone(&state);
+        let accepting = tokio::spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((tcp, _)) = listener.accept().await {
+                let state = Arc::clone(&shared);
+                connections.spawn(async move {
+                    let service = service_fn(|request| answer(Arc::clone(&state), request));
+                    let server = hyper::server::conn::http1::Builder::new();
+                    drop(server.serve_connection(TokioIo::new(tcp), service).await);
+                });
+            }
+        });
+        Ok(Self { address, state, accepting: accepting.abort_handle() })
+    }
+
+    /// From the next request on.
+    pub fn behave(&self, behaviour: Behaviour) {
+        *lock(&self.state.behaviour) = behaviour;
+    }
+
+    /// All inference requests so far.
+    pub fn requests(&self) -> Vec<Seen> {
+        self.seen(|path| path.ends_with("completions"))
+    }
+
+    /// The ids that were released so far.
+    pub fn released(&self) -> Vec<u64> {
+        let calls = self.seen(|path| path == "/v1/disagg/release");
+        calls.iter().filter_map(|call| call.body["disagg_request_id"].as_u64()).collect()
+    }
+
+    /// Requests whose client left before the answer was whole.
+    pub fn cancelled(&self) -> usize {
+        self.state.cancelled.load(Ordering::SeqCst)
+    }
+
+    fn seen(&self, wanted: impl Fn(&str) -> bool) -> Vec<Seen> {
+        lock(&self.state.seen).iter().filter(|seen| wanted(&seen.path)).cloned().collect()
+    }
+}
+
+impl Drop for MockWorker {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Counts a request as cancelled unless it was defused.
+struct Unfinished(Arc<State>, bool);
+
+impl Unfinished {
+    /// The answer is whole, or cut by the script.
+    fn finish(&mut self) {
+        self.1 = false;
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if self.1 {
+            self.0.cancelled.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+}
+
+async fn answer(
+    state: Arc<State>,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, std::io::Error> {
+    let (head, body) = request.into_parts();
+    let path = head.uri.path().to_owned();
+    match path.as_str() {
+        "/health" => return Ok(whole(200, Bytes::new())),
+        "/version" => return Ok(json_answer(200, &json!({"version": "1.3.0"}))),
+        "/server_info" if state.baton => {
+            return Ok(json_answer(200, &json!({"baton": {"version": "0.1.0"}})));
+        }
+        "/server_info" => return Ok(json_answer(200, &json!({}))),
+        "/v1/models" => {
+            let model = json!({"id": "mock", "object": "model", "created": 0, "owned_by": "mock"});
+            return Ok(json_answer(200, &json!({"object": "list", "data": [model]})));
+        }
+        _ => {}
+    }
+    let mut unfinished = Unfinished(Arc::clone(&state), true);
+    let bytes = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
+    let body: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
+    let seen = Seen { path: path.clone(), headers: head.headers, body: body.clone() };
+    lock(&state.seen).push(seen);
+    let behaviour = lock(&state.behaviour).clone();
+    if path == "/v1/disagg/release" {
+        unfinished.finish();
+        return Ok(json_answer(200, &json!({})));
+    }
+    match &behaviour {
+        Behaviour::Refuse(status, body) => {
+            unfinished.finish();
+            return Ok(json_answer(*status, body));
+        }
+        Behaviour::Close => {
+            unfinished.finish();
+            return Err(std::io::Error::other("closed as scripted"));
+        }
+        Behaviour::Hang => std::future::pending().await,
+        _ => {}
+    }
+    if body["disaggregated_params"]["request_type"] == "context_only" {
+        unfinished.finish();
+        let early = matches!(behaviour, Behaviour::EarlyStop);
+        return Ok(json_answer(200, &context(&path, &body, early)));
+    }
+    Ok(generation(&state, &path, &body, behaviour, unfinished))
+}
+
+fn context(path: &str, body: &Value, early: bool) -> Value {
+    let id = &body["disaggregated_params"]["disagg_request_id"];
+    let chat = path.ends_with("chat/completions");
+    let params = json!({
+        "request_type": "context_only", "first_gen_tokens": [65], "first_gen_log_probs": null,
+        "first_gen_logits": null, "ctx_request_id": id, "encoded_opaque_state": "QmF0b24=",
+        "draft_tokens": null, "disagg_request_id": id, "ctx_dp_rank": 0, "ctx_info_endpoint": null,
+        "schedule_style": 0, "ctx_usage": null, "return_prompt_token_ids_b64": false,
+        "resolved_thinking": null,
+    });
+    let mut choice = json!({
+        "index": 0, "logprobs": null, "finish_reason": if early { "stop" } else { "length" },
+        "stop_reason": null, "disaggregated_params": params,
+    });
+    if chat {
+        choice["message"] = json!({"role": "assistant", "content": "A"});
+    } else {
+        choice["text"] = json!("A");
+    }
+    json!({
+        "id": "cmpl-mock", "object": if chat { "chat.completion" } else { "text_completion" },
+        "created": 1, "model": body["model"], "prompt_token_ids": [1, 2, 3], "choices": [choice],
+        "usage": usage(1),
+    })
+}
+
+fn usage(completion: usize) -> Value {
+    json!({
+        "prompt_tokens": 3, "completion_tokens": completion, "total_tokens": 3 + completion,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    })
+}
+
+/// The tokens of a generation answer: ` 0`, ` 1`, … after the first, `A`.
+fn words(count: usize) -> impl Iterator<Item = String> {
+    std::iter::once("A".to_owned()).chain((0..count).map(|word| format!(" {word}")))
+}
+
+fn generation(
+    state: &Arc<State>,
+    path: &str,
+    body: &Value,
+    behaviour: Behaviour,
+    mut unfinished: Unfinished,
+) -> Response<Body> {
+    let chat = path.ends_with("chat/completions");
+    let count = state.words;
+    if body["stream"] != true {
+        unfinished.finish();
+        let text: String = words(count).collect();
+        let choice = if chat {
+            json!({"index": 0, "finish_reason": "length",
+                "message": {"role": "assistant", "content": text}})
+        } else {
+            json!({"index": 0, "finish_reason": "length", "text": text})
+        };
+        let object = if chat { "chat.completion" } else { "text_completion" };
+        let answer = json!({"id": "cmpl-mock", "object": object, "created": 1,
+            "model": body["model"], "choices": [choice], "usage": usage(count + 1)});
+        return json_answer(200, &answer);
+    }
+    let (pieces, body) = mpsc::channel(16);
+    tokio::spawn(async move {
+        for (index, word) in words(count).enumerate() {
+            if let Behaviour::BreakAfter(events) = behaviour
+                && index == events
+            {
+                unfinished.finish();
+                let _ = pieces.send(Err(std::io::Error::other("broken as scripted"))).await;
+                return;
+            }
+            if let Behaviour::Pace(pause) = behaviour
+                && index > 0
+            {
+                // Either the time has passed or the reader is gone.
+                let _ = tokio::time::timeout(pause, pieces.closed()).await;
+            }
+            let choice = if chat {
+                json!({"index": 0, "delta": {"content": word}, "finish_reason": null})
+            } else {
+                json!({"index": 0, "text": word, "finish_reason": null})
+            };
+            let event = format!("data: {}\n\n", json!({"id": "cmpl-mock", "choices": [choice]}));
+            if pieces.send(Ok(Frame::data(event.into()))).await.is_err() {
+                return;
+            }
+        }
+        let done = Ok(Frame::data(Bytes::from_static(b"data: [DONE]\n\n")));
+        if pieces.send(done).await.is_ok() {
+            unfinished.finish();
+        }
+    });
+    let body = BoxBody::new(http_body_util::StreamBody::new(Pieces(body)));
+    let mut response = Response::new(body);
+    let kind = http::HeaderValue::from_static("text/event-stream");
+    response.headers_mut().insert("content-type", kind);
+    response
+}
+
+/// A channel as a stream.
+struct Pieces(mpsc::Receiver<Result<Frame<Bytes>, std::io::Error>>);
+
+impl futures_util::Stream for Pieces {
+    type Item = Result<Frame<Bytes>, std::io::Error>;
+
+    fn poll_next(
+        mut self: std::pin::Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Self::Item>> {
+        self.0.poll_recv(context)
+    }
+}
+
+fn json_answer(status: u16, body: &Value) -> Response<Body> {
+    let mut answer = whole(status, body.to_string().into());
+    let kind = http::HeaderValue::from_static("application/json");
+    answer.headers_mut().insert("content-type", kind);
+    answer
+}
+
+fn whole(status: u16, body: Bytes) -> Response<Body> {
+    let never = |never: Infallible| match never {};
+    let mut answer = Response::new(BoxBody::new(Full::new(body).map_err(never)));
+    *answer.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::IM_A_TEAPOT);
+    answer
+}
