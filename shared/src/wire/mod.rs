@@ -1,5 +1,6 @@
-//! What travels over HTTP: OpenAI's bodies, TensorRT-LLM's `disaggregated_params`, errors.
+//! What travels over HTTP: OpenAI's bodies, TensorRT-LLM's `disaggregated_params`, errors, and what signs them.
 
+pub mod auth;
 pub mod chat;
 pub mod completion;
 pub mod disagg;
