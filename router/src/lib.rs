@@ -1,1 +1,3 @@
-//! wip
+//! Baton's router.
+
+pub mod splice;
