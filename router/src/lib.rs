@@ -1,3 +1,4 @@
 //! Baton's router.
 
+pub mod client;
 pub mod splice;

@@ -45,7 +45,15 @@ pub mod testing {
 
     fn object(source: &mut Source, text: &mut String, depth: usize) -> Value {
         const NAMES: [&str; 9] = [
-            "stream", "prompt", "disaggregated_params", "n", "messages", "model", "ü", "", "a]}{[\u{1f600}",
+            "stream",
+            "prompt",
+            "disaggregated_params",
+            "n",
+            "messages",
+            "model",
+            "ü",
+            "",
+            "a]}{[\u{1f600}",
         ];
         let mut map = Map::new();
         text.push('{');

@@ -291,8 +291,7 @@ mod tests {
             assert_eq!(found.len(), expected.len(), "{text}");
             for ((name, range), (key, value)) in found.iter().zip(expected) {
                 assert_eq!(name, key);
-                let parsed: serde_json::Value =
-                    serde_json::from_str(&text[range.clone()]).unwrap();
+                let parsed: serde_json::Value = serde_json::from_str(&text[range.clone()]).unwrap();
                 assert_eq!(parsed, *value, "{text}");
             }
         }
@@ -337,9 +336,27 @@ mod tests {
     #[test]
     fn broken_texts_are_refused() {
         for text in [
-            "", " ", "[]", "1", "{", "{}}", "{} x", "{\"a\":1} x", "{\"a\"}", "{\"a\":}", "{a:1}",
-            "{\"a\":1,}", "{\"a\":1 \"b\":2}", "{\"a\":[}}", "{\"a\":[1,2}", "{\"a\":{]}",
-            "{\"a\":\"\\\"}", "{\"a\":\"x}", "{,}", "{\"a\"::1}", "{\"a\":1\"b\":2}",
+            "",
+            " ",
+            "[]",
+            "1",
+            "{",
+            "{}}",
+            "{} x",
+            "{\"a\":1} x",
+            "{\"a\"}",
+            "{\"a\":}",
+            "{a:1}",
+            "{\"a\":1,}",
+            "{\"a\":1 \"b\":2}",
+            "{\"a\":[}}",
+            "{\"a\":[1,2}",
+            "{\"a\":{]}",
+            "{\"a\":\"\\\"}",
+            "{\"a\":\"x}",
+            "{,}",
+            "{\"a\"::1}",
+            "{\"a\":1\"b\":2}",
         ] {
             assert!(scan(text.as_bytes()).is_err(), "{text}");
         }
