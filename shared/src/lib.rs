@@ -6,6 +6,7 @@
 //! tokens and back (feature `text`); [`telemetry`] and [`os`] are what both daemons need at start.
 
 pub mod config;
+mod expected;
 pub mod id;
 pub mod kv;
 pub mod os;

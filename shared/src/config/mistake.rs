@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use super::ConfigError;
 use super::document::{Document, join, line_of};
+use crate::expected::{self, backticked};
 
 /// A text that is not TOML at all.
 pub(super) fn syntax(file: Option<PathBuf>, text: &str, error: &toml::de::Error) -> ConfigError {
@@ -38,7 +39,7 @@ pub(super) fn of_type(document: &Document, error: &toml::de::Error) -> ConfigErr
             let error = document.error(&key, unknown_rule(name, &known));
             ConfigError { value: None, ..error }
         }
-        None => document.error(&key, rule_of(message)),
+        None => document.error(&key, expected::rule(message, "a table")),
     }
 }
 
@@ -88,44 +89,6 @@ fn unknown_key(message: &str) -> Option<(&str, Vec<&str>)> {
 
 fn quoted_after<'a>(message: &'a str, start: &str) -> Option<&'a str> {
     message.strip_prefix(start)?.strip_prefix('`')?.split('`').next()
-}
-
-fn backticked(message: &str) -> impl Iterator<Item = &str> {
-    message.split('`').skip(1).step_by(2)
-}
-
-/// What must hold, from serde's message.
-fn rule_of(message: &str) -> String {
-    if message.starts_with("unknown variant ") {
-        let known: Vec<String> = backticked(message).skip(1).map(|v| format!("`{v}`")).collect();
-        return format!("must be one of {}", known.join(", "));
-    }
-    let is_type = message.starts_with("invalid type: ") || message.starts_with("invalid value: ");
-    let expected = message.rsplit_once(", expected ").filter(|_| is_type);
-    match expected {
-        Some((_, expected)) => format!("must be {}", plain_type(expected)),
-        None => message.trim_end_matches('\n').to_owned(),
-    }
-}
-
-/// A type in words.
-fn plain_type(expected: &str) -> String {
-    let whole = |highest: u64| format!("a whole number from 0 to {highest}");
-    match expected {
-        "u8" => whole(u64::from(u8::MAX)),
-        "u16" => whole(u64::from(u16::MAX)),
-        "u32" => whole(u64::from(u32::MAX)),
-        "u64" | "usize" => "a whole number, not negative".to_owned(),
-        "i32" | "i64" | "isize" => "a whole number".to_owned(),
-        "f32" | "f64" => "a number".to_owned(),
-        "a boolean" => "`true` or `false`".to_owned(),
-        "a sequence" => "a list".to_owned(),
-        "a map" => "a table".to_owned(),
-        other => match other.strip_prefix("a nonzero ") {
-            Some(_) => "a whole number from 1".to_owned(),
-            None => other.strip_prefix("struct ").map_or(other, |_| "a table").to_owned(),
-        },
-    }
 }
 
 #[cfg(test)]

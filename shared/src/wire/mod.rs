@@ -6,4 +6,6 @@ pub mod completion;
 pub mod disagg;
 pub mod error;
 pub mod models;
+pub mod request;
+pub mod token_ids;
 pub mod usage;
