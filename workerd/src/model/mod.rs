@@ -1,6 +1,22 @@
-//! A model on disk: what shape it has ([`spec`]), and its tensors ([`gguf`], [`safetensors`]), loaded into one form.
+//! A model on disk: what shape it has ([`spec`]), and its tensors, loaded into one form.
+//!
+//! [`load()`] is the way in. [`gguf`], and [`config_json`] with [`safetensors`], read one format each into a
+//! [`ModelSpec`] and a table of [`tensors`]; [`dequantize`](dequantize()) says what stored bytes mean.
+
+pub mod config_json;
+pub mod dequantize;
+pub mod error;
+pub mod gguf;
+pub mod load;
+pub mod safetensors;
+pub mod spec;
+pub mod tensors;
 
 use std::sync::Arc;
+
+pub use dequantize::dequantize;
+pub use error::ModelError;
+pub use load::load;
 
 /// Shape and constants of a Llama-like model; every number was checked to be usable.
 #[derive(Clone, Debug, PartialEq)]
@@ -100,6 +116,30 @@ pub struct Model {
 }
 
 impl WeightType {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q4_1];
+
+    /// As formats write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::Bf16 => "BF16",
+            Self::Q8_0 => "Q8_0",
+            Self::Q4_1 => "Q4_1",
+        }
+    }
+
+    /// Elements of the smallest piece of a row, and its bytes.
+    pub fn block(self) -> (u64, u64) {
+        match self {
+            Self::F32 => (1, 4),
+            Self::F16 | Self::Bf16 => (1, 2),
+            Self::Q8_0 => (32, 34),
+            Self::Q4_1 => (32, 20),
+        }
+    }
+
     /// Bytes of a row of `cols` elements; `cols` is a multiple of 32 for quantised types.
     pub fn row_bytes(self, cols: usize) -> usize {
         match self {

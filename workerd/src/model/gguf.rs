@@ -1,0 +1,227 @@
+//! A `.gguf` file of architecture `llama`: its settings and its tensor table.
+
+use std::path::Path;
+
+use baton_shared::text::gguf::{Gguf, Value};
+
+use super::error::ModelError;
+use super::tensors::{Entry, StoredType, TensorFile, Tensors, stored_bytes};
+use super::{ModelSpec, WeightType};
+
+/// Settings of `llama` that are read here or change nothing.
+const KNOWN: &[&str] = &[
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.value_length",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "vocab_size",
+];
+
+/// Reads the header.
+///
+/// # Errors
+/// [`ModelError`].
+pub fn open(path: &Path) -> Result<(ModelSpec, Tensors), ModelError> {
+    let file = TensorFile::open(path)?;
+    let header = Gguf::open(path)
+        .map_err(|source| ModelError::Header { path: path.display().to_string(), source })?;
+    let mut tensors = Tensors::default();
+    let index = tensors.add_file(file);
+    for info in &header.tensors {
+        let dtype = weight_type(info.kind).ok_or_else(|| {
+            let rule = format!(
+                "has ggml type {} (`{}`), supported are {}",
+                info.kind,
+                ggml_name(info.kind),
+                WeightType::ALL.map(WeightType::name).join(", ")
+            );
+            ModelError::tensor(path, &info.name, rule)
+        })?;
+        let shape: Vec<u64> = info.dims.iter().rev().copied().collect();
+        let len = stored_bytes(dtype, &shape).ok_or_else(|| {
+            let rule = format!("of type {} cannot have shape {shape:?}", dtype.name());
+            ModelError::tensor(path, &info.name, rule)
+        })?;
+        let offset = header.data_offset.saturating_add(info.offset);
+        let entry = Entry { file: index, dtype: StoredType::Known(dtype), shape, offset, len };
+        tensors.add(&info.name, entry)?;
+    }
+    let spec = Settings { path, header: &header }.spec(&tensors)?;
+    Ok((spec, tensors))
+}
+
+fn weight_type(kind: u32) -> Option<WeightType> {
+    match kind {
+        0 => Some(WeightType::F32),
+        1 => Some(WeightType::F16),
+        3 => Some(WeightType::Q4_1),
+        8 => Some(WeightType::Q8_0),
+        30 => Some(WeightType::Bf16),
+        _ => None,
+    }
+}
+
+fn ggml_name(kind: u32) -> &'static str {
+    match kind {
+        2 => "Q4_0",
+        6 => "Q5_0",
+        7 => "Q5_1",
+        9 => "Q8_1",
+        10 => "Q2_K",
+        11 => "Q3_K",
+        12 => "Q4_K",
+        13 => "Q5_K",
+        14 => "Q6_K",
+        15 => "Q8_K",
+        16..=23 | 29 => "IQ",
+        24..=27 => "integers",
+        28 => "F64",
+        34 | 35 => "TQ",
+        39 => "MXFP4",
+        _ => "unknown",
+    }
+}
+
+struct Settings<'a> {
+    path: &'a Path,
+    header: &'a Gguf,
+}
+
+impl Settings<'_> {
+    fn refuse(&self, key: &str, rule: impl Into<String>) -> ModelError {
+        ModelError::setting(self.path, key, rule)
+    }
+
+    fn spec(&self, tensors: &Tensors) -> Result<ModelSpec, ModelError> {
+        match self.header.string("general.architecture") {
+            Some("llama") => {}
+            found => {
+                let rule = format!("is `{}`, supported is `llama`", found.unwrap_or("missing"));
+                return Err(self.refuse("general.architecture", rule));
+            }
+        }
+        self.refuse_unsupported()?;
+        let vocab = tensors.shape("token_embd.weight").and_then(|s| s.first().copied());
+        let vocab = vocab.ok_or_else(|| {
+            ModelError::tensor(self.path, "token_embd.weight", "is missing: no vocabulary")
+        })?;
+        let vocab = self.small("token_embd.weight", vocab)?;
+        let heads = self.need("attention.head_count")?;
+        let hidden = self.need("embedding_length")?;
+        let head_dim = self.head_dim(hidden, heads)?;
+        let spec = ModelSpec {
+            architecture: "llama".into(),
+            layers: self.need("block_count")?,
+            hidden,
+            ffn: self.need("feed_forward_length")?,
+            heads,
+            kv_heads: self.number("attention.head_count_kv")?.unwrap_or(heads),
+            head_dim,
+            vocab,
+            rope_theta: self.float("rope.freq_base")?.unwrap_or(10_000.0),
+            rms_eps: self.float("attention.layer_norm_rms_epsilon")?.ok_or_else(|| {
+                self.refuse("llama.attention.layer_norm_rms_epsilon", "is missing")
+            })?,
+            max_len: self.need("context_length")?,
+            eos_ids: self.eos_ids()?,
+        };
+        spec.check().map_err(|(key, rule)| self.refuse(key, rule))?;
+        Ok(spec)
+    }
+
+    /// What would change the results and is not computed here is an error; what is merely unknown is told.
+    fn refuse_unsupported(&self) -> Result<(), ModelError> {
+        for (key, value) in &self.header.metadata {
+            let Some(name) = key.strip_prefix("llama.") else { continue };
+            let neutral = match name {
+                _ if KNOWN.contains(&name) => true,
+                "rope.scaling.type" => *value == Value::String("none".into()),
+                "rope.scale_linear" | "rope.scaling.factor" => *value == Value::F64(1.0),
+                "expert_count" | "expert_used_count" => *value == Value::U64(0),
+                _ if ["rope.scal", "expert", "attention."].iter().any(|p| name.starts_with(p)) => {
+                    false
+                }
+                "logit_scale" | "embedding_scale" | "residual_scale" => *value == Value::F64(1.0),
+                _ => {
+                    tracing::warn!(file = %self.path.display(), key, "unknown model setting");
+                    true
+                }
+            };
+            if !neutral {
+                let rule = "asks for something that is not supported; supported is a plain Llama: \
+                            no RoPE scaling, no experts, no sliding window";
+                return Err(self.refuse(key, rule));
+            }
+        }
+        Ok(())
+    }
+
+    fn small(&self, key: &str, value: u64) -> Result<u32, ModelError> {
+        u32::try_from(value).map_err(|_| self.refuse(key, format!("is {value}, more than 2^32")))
+    }
+
+    fn number(&self, name: &str) -> Result<Option<u32>, ModelError> {
+        let key = format!("llama.{name}");
+        match (self.header.metadata.get(&key), self.header.u64(&key)) {
+            (None, _) => Ok(None),
+            (Some(_), Some(v)) => self.small(&key, v).map(Some),
+            (Some(_), None) => Err(self.refuse(&key, "is not one whole number")),
+        }
+    }
+
+    fn need(&self, name: &str) -> Result<u32, ModelError> {
+        self.number(name)?.ok_or_else(|| self.refuse(&format!("llama.{name}"), "is missing"))
+    }
+
+    fn float(&self, name: &str) -> Result<Option<f32>, ModelError> {
+        let key = format!("llama.{name}");
+        match (self.header.metadata.get(&key), self.header.f64(&key)) {
+            (None, _) => Ok(None),
+            (Some(_), Some(v)) => Ok(Some(v as f32)),
+            (Some(_), None) => Err(self.refuse(&key, "is not a floating-point number")),
+        }
+    }
+
+    fn head_dim(&self, hidden: u32, heads: u32) -> Result<u32, ModelError> {
+        let lengths = ["attention.key_length", "attention.value_length", "rope.dimension_count"];
+        let mut head_dim = None;
+        for name in lengths {
+            match (self.number(name)?, head_dim) {
+                (Some(n), Some(first)) if n != first => {
+                    let rule = format!("is {n}, but heads have {first} elements elsewhere");
+                    return Err(self.refuse(&format!("llama.{name}"), rule));
+                }
+                (found, first) => head_dim = first.or(found),
+            }
+        }
+        match head_dim {
+            Some(n) => Ok(n),
+            None if heads > 0 && hidden.is_multiple_of(heads) => Ok(hidden / heads),
+            None => {
+                let rule = format!("is {heads}, which does not divide the width {hidden}");
+                Err(self.refuse("llama.attention.head_count", rule))
+            }
+        }
+    }
+
+    fn eos_ids(&self) -> Result<Vec<u32>, ModelError> {
+        let mut ids = Vec::new();
+        for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
+            match (self.header.metadata.get(key), self.header.u64(key)) {
+                (None, _) => {}
+                (Some(_), Some(id)) => ids.push(self.small(key, id)?),
+                (Some(_), None) => return Err(self.refuse(key, "is not a token id")),
+            }
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        Ok(ids)
+    }
+}
