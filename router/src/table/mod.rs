@@ -1,0 +1,332 @@
+//! The routing table: one immutable snapshot behind one `ArcSwap`, published by one writer.
+//!
+//! A request takes a snapshot, chooses from it and keeps its worker; every retry takes the newest one.
+//! Counters and health live in `Arc<Worker>` and outlast a snapshot. Nothing here does I/O.
+
+pub mod endpoint;
+pub mod worker;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use arc_swap::{ArcSwap, Guard};
+use baton_shared::id::WorkerId;
+use baton_shared::role::Role;
+use tokio::sync::Notify;
+
+use self::worker::{Dialect, Worker, WorkerSpec};
+use crate::config::{DialectChoice, PoolConfig, RouterConfig, ServerEntry, ServerEntryError};
+use crate::health::{Event, Outcome};
+use crate::policy::{self, Features, Policy, Tried};
+
+/// Which half of a request a worker is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Prompt and first token.
+    Context,
+    /// The rest.
+    Generation,
+}
+
+impl Phase {
+    /// Both, in the order of a request.
+    pub const ALL: [Self; 2] = [Self::Context, Self::Generation];
+
+    /// `context` or `generation`: the `role` label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Context => "context",
+            Self::Generation => "generation",
+        }
+    }
+}
+
+/// One published state of the table; never changes.
+#[derive(Debug)]
+pub struct RoutingTable {
+    /// Rises with each publication, from 1.
+    pub version: u64,
+    /// What it was made from.
+    pub config: Arc<RouterConfig>,
+    /// Servers of the context phase, in configured order.
+    pub context: Vec<Arc<Worker>>,
+    /// Servers of the generation phase, in configured order.
+    pub generation: Vec<Arc<Worker>>,
+}
+
+impl RoutingTable {
+    /// The servers of one phase.
+    pub fn pool(&self, phase: Phase) -> &[Arc<Worker>] {
+        match phase {
+            Phase::Context => &self.context,
+            Phase::Generation => &self.generation,
+        }
+    }
+
+    /// Every worker once, also when it is in both lists.
+    pub fn workers(&self) -> impl Iterator<Item = &Arc<Worker>> {
+        let generation_only = self.generation.iter().filter(|w| w.role != Role::Both);
+        self.context.iter().chain(generation_only)
+    }
+
+    /// The policy of one phase.
+    pub fn policy(&self, phase: Phase) -> Policy {
+        let pool = match phase {
+            Phase::Context => &self.config.context,
+            Phase::Generation => &self.config.generation,
+        };
+        Policy::new(pool.policy, pool.load_measure(phase))
+    }
+
+    /// Workers of a phase that may be chosen at `now`.
+    pub fn usable(&self, phase: Phase, now: Duration) -> usize {
+        self.pool(phase).iter().filter(|worker| worker.usable(now)).count()
+    }
+
+    /// Whether each phase has a usable worker at `now`.
+    pub fn ready(&self, now: Duration) -> bool {
+        Phase::ALL.into_iter().all(|phase| self.usable(phase, now) > 0)
+    }
+
+    /// Whether a failure may make `worker` unusable: enough others of each of its phases must stay.
+    fn may_eject(&self, worker: &Worker, now: Duration) -> bool {
+        let share = self.config.health.min_usable.fraction();
+        Phase::ALL.into_iter().all(|phase| {
+            let pool = self.pool(phase);
+            if !pool.iter().any(|other| other.slot == worker.slot) {
+                return true;
+            }
+            let left =
+                pool.iter().filter(|other| other.slot != worker.slot && other.usable(now)).count();
+            left as f64 >= share * pool.len() as f64
+        })
+    }
+}
+
+/// The handle everybody shares: the newest snapshot, and what is decided across requests.
+#[derive(Debug)]
+pub struct Table {
+    current: ArcSwap<RoutingTable>,
+    started: Instant,
+    turns: [AtomicU64; 2],
+    /// A worker became usable.
+    recovered: Notify,
+    /// The prober has something to do now.
+    probe_wanted: Notify,
+}
+
+impl Table {
+    /// A table of the configured servers, none of them proven yet. Errors name the entry at fault.
+    pub fn new(config: RouterConfig) -> Result<Self, ServerEntryError> {
+        let mut slots = 0..;
+        let table = build(Arc::new(config), 1, &mut slots)?;
+        Ok(Self {
+            current: ArcSwap::from_pointee(table),
+            started: Instant::now(),
+            turns: [AtomicU64::new(0), AtomicU64::new(0)],
+            recovered: Notify::new(),
+            probe_wanted: Notify::new(),
+        })
+    }
+
+    /// The newest snapshot; cheap, for use within one call.
+    pub fn snapshot(&self) -> Guard<Arc<RoutingTable>> {
+        self.current.load()
+    }
+
+    /// The newest snapshot, to keep.
+    pub fn snapshot_full(&self) -> Arc<RoutingTable> {
+        self.current.load_full()
+    }
+
+    /// Time since the table was made: the clock of health and policies.
+    pub fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Chooses a worker of `phase` from the newest snapshot; `None` = none is usable.
+    pub fn pick(&self, phase: Phase, features: &Features, tried: &Tried) -> Option<Arc<Worker>> {
+        let table = self.snapshot();
+        let turn = self.turns[phase as usize].fetch_add(1, Ordering::Relaxed);
+        let choice = policy::pick(
+            table.policy(phase),
+            table.pool(phase),
+            features,
+            tried,
+            self.now(),
+            turn,
+        )?;
+        table.pool(phase).get(choice.index).cloned()
+    }
+
+    /// Waits until some worker of `phase` is usable, at most until `deadline`. `false` = still none.
+    pub async fn wait_usable(&self, phase: Phase, deadline: tokio::time::Instant) -> bool {
+        loop {
+            let recovered = self.recovered.notified();
+            tokio::pin!(recovered);
+            recovered.as_mut().enable();
+            let now = self.now();
+            let table = self.snapshot_full();
+            if table.usable(phase, now) > 0 {
+                return true;
+            }
+            // An ejection ends by time alone, without a notification.
+            let reopens = table.pool(phase).iter().filter_map(|w| w.health.reopens_after(now)).min();
+            let look = reopens.map_or(deadline, |wait| {
+                deadline.min(tokio::time::Instant::now() + wait.max(Duration::from_millis(10)))
+            });
+            if tokio::time::timeout_at(look, recovered).await.is_err()
+                && tokio::time::Instant::now() >= deadline
+            {
+                return table.usable(phase, self.now()) > 0;
+            }
+        }
+    }
+
+    /// Tells health how a request on `worker` went.
+    pub fn report(&self, worker: &Worker, outcome: Outcome) {
+        if outcome == Outcome::Served && worker.health.is_spotless() {
+            return;
+        }
+        self.record(worker, outcome.into());
+        if outcome != Outcome::Served {
+            worker.health.want_probe();
+            self.probe_wanted.notify_one();
+        }
+    }
+
+    /// Applies one event to a worker's health; logs a change and wakes who waits for a worker.
+    pub(crate) fn record(&self, worker: &Worker, event: Event) {
+        let table = self.snapshot();
+        let now = self.now();
+        let may_eject = || table.may_eject(worker, now);
+        let change = worker.health.apply(event, now, &table.config.health, may_eject);
+        if let Some(change) = change {
+            change.log(worker);
+            if worker.health.condition(now).is_usable() {
+                self.recovered.notify_waiters();
+            }
+        }
+    }
+
+    /// Resolves when [`Table::report`] wants a probe before its time.
+    pub(crate) async fn probe_wanted(&self) {
+        self.probe_wanted.notified().await;
+    }
+}
+
+/// Makes a snapshot; a server in both lists becomes one worker of role both.
+fn build(
+    config: Arc<RouterConfig>,
+    version: u64,
+    slots: &mut impl Iterator<Item = usize>,
+) -> Result<RoutingTable, ServerEntryError> {
+    let ids = |pool: &PoolConfig| -> Result<Vec<WorkerId>, ServerEntryError> {
+        pool.servers.iter().map(ServerEntry::id).collect()
+    };
+    let (context_ids, generation_ids) = (ids(&config.context)?, ids(&config.generation)?);
+    let mut workers: HashMap<WorkerId, Arc<Worker>> = HashMap::new();
+    let mut take = |entry: &ServerEntry, id: &WorkerId| -> Result<Arc<Worker>, ServerEntryError> {
+        if let Some(worker) = workers.get(id) {
+            return Ok(Arc::clone(worker));
+        }
+        let role = match (context_ids.contains(id), generation_ids.contains(id)) {
+            (true, true) => Role::Both,
+            (true, false) => Role::Context,
+            (false, _) => Role::Generation,
+        };
+        let spec = WorkerSpec {
+            id: id.clone(),
+            endpoint: entry.endpoint()?,
+            role,
+            weight: entry.weight,
+            dialect: match entry.dialect {
+                DialectChoice::Auto => None,
+                DialectChoice::Baton => Some(Dialect::Baton),
+                DialectChoice::Trtllm12 | DialectChoice::Trtllm13 | DialectChoice::TrtllmMain => {
+                    Some(Dialect::TrtllmMain)
+                }
+            },
+        };
+        let slot = slots.next().expect("the range has no end");
+        let worker = Arc::new(Worker::new(spec, slot));
+        workers.insert(id.clone(), Arc::clone(&worker));
+        Ok(worker)
+    };
+    let mut pool = |pool: &PoolConfig, ids: &[WorkerId]| {
+        pool.servers.iter().zip(ids).map(|(entry, id)| take(entry, id)).collect::<Result<_, _>>()
+    };
+    let context = pool(&config.context, &context_ids)?;
+    let generation = pool(&config.generation, &generation_ids)?;
+    Ok(RoutingTable { version, config, context, generation })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(super) fn config(context: &[&str], generation: &[&str]) -> RouterConfig {
+        let servers = |urls: &[&str]| urls.iter().map(|url| ServerEntry::new(*url)).collect();
+        let mut config = RouterConfig::default();
+        config.context.servers = servers(context);
+        config.generation.servers = servers(generation);
+        config
+    }
+
+    fn up(table: &Table) {
+        for worker in table.snapshot_full().workers() {
+            table.record(worker, Event::ProbeOk);
+        }
+    }
+
+    #[test]
+    fn a_server_in_both_lists_is_one_worker() {
+        let table = Table::new(config(&["a:1", "b:1"], &["b:1", "c:1"])).unwrap();
+        let snapshot = table.snapshot();
+        assert!(Arc::ptr_eq(&snapshot.context[1], &snapshot.generation[0]));
+        assert_eq!(snapshot.context[1].role, Role::Both);
+        let names: Vec<_> = snapshot.workers().map(|w| w.id.as_str()).collect();
+        assert_eq!(names, ["a:1", "b:1", "c:1"]);
+    }
+
+    #[test]
+    fn no_worker_is_chosen_before_it_was_proven() {
+        let table = Table::new(config(&["a:1"], &["b:1"])).unwrap();
+        assert!(!table.snapshot().ready(table.now()));
+        assert!(table.pick(Phase::Context, &Features::default(), &Tried::default()).is_none());
+        up(&table);
+        assert!(table.snapshot().ready(table.now()));
+        assert!(table.pick(Phase::Context, &Features::default(), &Tried::default()).is_some());
+    }
+
+    #[test]
+    fn failing_answers_leave_half_of_the_workers_in_use_and_refused_connections_none() {
+        let table = Table::new(config(&["a:1", "b:1"], &["c:1"])).unwrap();
+        up(&table);
+        let snapshot = table.snapshot_full();
+        table.report(&snapshot.context[0], Outcome::Failed);
+        table.report(&snapshot.context[1], Outcome::Failed);
+        table.report(&snapshot.generation[0], Outcome::Failed);
+        assert_eq!(snapshot.usable(Phase::Context, table.now()), 1);
+        assert_eq!(snapshot.usable(Phase::Generation, table.now()), 1);
+        table.report(&snapshot.context[1], Outcome::Refused);
+        assert_eq!(snapshot.usable(Phase::Context, table.now()), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_waits_for_a_worker_until_its_deadline() {
+        let table = Arc::new(Table::new(config(&["a:1"], &["b:1"])).unwrap());
+        let soon = tokio::time::Instant::now() + Duration::from_secs(5);
+        assert!(!table.wait_usable(Phase::Context, soon).await);
+        let waiting = {
+            let table = Arc::clone(&table);
+            let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
+            tokio::spawn(async move { table.wait_usable(Phase::Context, deadline).await })
+        };
+        tokio::task::yield_now().await;
+        up(&table);
+        assert!(waiting.await.unwrap());
+    }
+}

@@ -1,0 +1,174 @@
+//! One worker: who and where it is, what it carries, whether it may be chosen.
+//!
+//! Description is immutable; counters are atomics that only guards move; health is decided by
+//! [`crate::health`] and only published here. A guard holds its worker, so counts never drift.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use arc_swap::{ArcSwap, Guard};
+use baton_shared::id::WorkerId;
+use baton_shared::role::Role;
+
+use super::endpoint::Endpoint;
+use crate::health::Health;
+
+/// Which protocol a worker speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Dialect {
+    /// Not asked yet; treated as TensorRT-LLM main.
+    Unknown,
+    /// Ours: TensorRT-LLM main plus release and error codes.
+    Baton,
+    /// TensorRT-LLM main.
+    TrtllmMain,
+}
+
+impl Dialect {
+    /// For logs and the admin port.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Baton => "baton",
+            Self::TrtllmMain => "trtllm-main",
+        }
+    }
+}
+
+/// One server of the table.
+#[derive(Debug)]
+pub struct Worker {
+    /// The configured name, else the address.
+    pub id: WorkerId,
+    /// Small number, unique in this process and never reused: index for per-thread connection pools.
+    pub slot: usize,
+    /// Where it is, as configured.
+    pub endpoint: Endpoint,
+    /// Which lists it is in.
+    pub role: Role,
+    /// Share of the work, at least 1.
+    pub weight: u32,
+    /// Whether [`Worker::dialect`] was configured, and so is never asked.
+    pub dialect_fixed: bool,
+    /// What `Health` decided.
+    pub health: Health,
+    dialect: AtomicU8,
+    addresses: ArcSwap<Vec<SocketAddr>>,
+    load: Arc<Load>,
+}
+
+/// What a worker carries now; shared with guards.
+#[derive(Debug, Default)]
+struct Load {
+    requests: AtomicU32,
+    tokens: AtomicU64,
+}
+
+/// One request on a worker; counts until dropped.
+#[derive(Debug)]
+#[must_use = "the request counts only while the guard lives"]
+pub struct InFlight {
+    load: Arc<Load>,
+    tokens: u64,
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.load.requests.fetch_sub(1, Ordering::Relaxed);
+        self.load.tokens.fetch_sub(self.tokens, Ordering::Relaxed);
+    }
+}
+
+/// What a new [`Worker`] is made of.
+#[derive(Clone, Debug)]
+pub struct WorkerSpec {
+    /// Who.
+    pub id: WorkerId,
+    /// Where.
+    pub endpoint: Endpoint,
+    /// Which lists it is in.
+    pub role: Role,
+    /// At least 1.
+    pub weight: u32,
+    /// Configured dialect; `None` = ask the worker.
+    pub dialect: Option<Dialect>,
+}
+
+impl Worker {
+    /// A worker nothing is known of yet; `slot` must be unique in this process.
+    pub fn new(spec: WorkerSpec, slot: usize) -> Self {
+        let WorkerSpec { id, endpoint, role, weight, dialect } = spec;
+        let addresses = match &endpoint {
+            Endpoint::Tcp { host, port } => {
+                host.parse().map(|ip| vec![SocketAddr::new(ip, *port)]).unwrap_or_default()
+            }
+            Endpoint::Unix(_) => Vec::new(),
+        };
+        Self {
+            id,
+            slot,
+            endpoint,
+            role,
+            weight: weight.max(1),
+            dialect_fixed: dialect.is_some(),
+            health: Health::default(),
+            dialect: AtomicU8::new(dialect.unwrap_or(Dialect::Unknown) as u8),
+            addresses: ArcSwap::from_pointee(addresses),
+            load: Arc::default(),
+        }
+    }
+
+    /// Counts one request of `tokens` estimated prompt tokens until the guard is dropped.
+    pub fn begin(&self, tokens: u64) -> InFlight {
+        self.load.requests.fetch_add(1, Ordering::Relaxed);
+        self.load.tokens.fetch_add(tokens, Ordering::Relaxed);
+        InFlight { load: Arc::clone(&self.load), tokens }
+    }
+
+    /// Requests it serves for us now.
+    pub fn in_flight(&self) -> u32 {
+        self.load.requests.load(Ordering::Relaxed)
+    }
+
+    /// Estimated prompt tokens of those requests.
+    pub fn queued_tokens(&self) -> u64 {
+        self.load.tokens.load(Ordering::Relaxed)
+    }
+
+    /// Which protocol it speaks, as far as known.
+    pub fn dialect(&self) -> Dialect {
+        match self.dialect.load(Ordering::Relaxed) {
+            d if d == Dialect::Baton as u8 => Dialect::Baton,
+            d if d == Dialect::TrtllmMain as u8 => Dialect::TrtllmMain,
+            _ => Dialect::Unknown,
+        }
+    }
+
+    /// Stores what the worker said it speaks; without effect where the dialect is configured.
+    pub fn learn_dialect(&self, dialect: Dialect) {
+        if !self.dialect_fixed {
+            self.dialect.store(dialect as u8, Ordering::Relaxed);
+        }
+    }
+
+    /// Resolved addresses, newest first known order; empty for a Unix socket or before the first resolution.
+    pub fn addresses(&self) -> Guard<Arc<Vec<SocketAddr>>> {
+        self.addresses.load()
+    }
+
+    /// Replaces the resolved addresses.
+    pub fn set_addresses(&self, addresses: Vec<SocketAddr>) {
+        if **self.addresses.load() != addresses {
+            self.addresses.store(Arc::new(addresses));
+        }
+    }
+}
+
+impl Worker {
+    /// Whether it may be chosen at `now` (on the table's clock).
+    pub fn usable(&self, now: std::time::Duration) -> bool {
+        self.health.admits(now, self.in_flight())
+    }
+}
