@@ -1,16 +1,14 @@
 //! `router.toml`: every section with its defaults and rules. Decides what a valid configuration is; reading
 //! the file and units is `baton_shared::config`. A key that is known but not built yet is refused by name.
 
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use baton_shared::config::ConfigError;
+use baton_shared::config::net::{Endpoint, Listen};
 use baton_shared::config::units::{Bytes, Percent, Seconds};
-use baton_shared::id::WorkerId;
+use baton_shared::id::{InvalidWorkerId, WorkerId};
 use serde::{Deserialize, Serialize};
 
 use crate::table::Phase;
-use crate::table::endpoint::Endpoint;
 
 /// Everything the router can be told.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
@@ -38,12 +36,12 @@ pub struct RouterConfig {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ServerConfig {
-    /// `host:port` of the public endpoint.
-    pub listen: String,
+    /// The public endpoint.
+    pub listen: Listen,
     /// Threads that serve requests; 0 = cores available to this process.
     pub threads: usize,
-    /// `host:port` of `/metrics`, `/healthz`, `/readyz`, `/admin/*`.
-    pub admin_listen: String,
+    /// `/metrics`, `/healthz`, `/readyz`, `/admin/*`.
+    pub admin_listen: Listen,
     /// File with the token the admin port asks for; not built yet.
     pub admin_token_file: Option<PathBuf>,
     /// How long requests in flight may go on after SIGTERM.
@@ -53,9 +51,9 @@ pub struct ServerConfig {
 impl Default for ServerConfig {
     fn default() -> Self {
         Self {
-            listen: "127.0.0.1:8000".to_owned(),
+            listen: Listen::loopback(8000),
             threads: 0,
-            admin_listen: "127.0.0.1:9000".to_owned(),
+            admin_listen: Listen::loopback(9000),
             admin_token_file: None,
             drain_timeout: Seconds::new(30),
         }
@@ -187,7 +185,7 @@ pub enum DialectChoice {
 #[serde(deny_unknown_fields)]
 pub struct ServerEntry {
     /// `host:port`, `http://host:port` or `unix:/path`.
-    pub url: String,
+    pub url: Endpoint,
     /// Identity across address changes; default: the url.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
@@ -201,33 +199,17 @@ pub struct ServerEntry {
 
 impl ServerEntry {
     /// An entry with only an address.
-    pub fn new(url: impl Into<String>) -> Self {
-        Self { url: url.into(), name: None, weight: 1, dialect: DialectChoice::Auto }
-    }
-
-    /// Where it is.
-    pub fn endpoint(&self) -> Result<Endpoint, crate::table::endpoint::InvalidEndpoint> {
-        self.url.parse()
+    pub fn new(url: Endpoint) -> Self {
+        Self { url, name: None, weight: 1, dialect: DialectChoice::Auto }
     }
 
     /// Who it is: the configured name, else the address.
-    pub fn id(&self) -> Result<WorkerId, ServerEntryError> {
+    pub fn id(&self) -> Result<WorkerId, InvalidWorkerId> {
         match &self.name {
-            Some(name) => Ok(name.parse()?),
-            None => Ok(self.endpoint()?.to_string().parse()?),
+            Some(name) => name.parse(),
+            None => self.url.to_string().parse(),
         }
     }
-}
-
-/// Why a [`ServerEntry`] is not usable.
-#[derive(Debug, thiserror::Error)]
-pub enum ServerEntryError {
-    /// Bad `url`.
-    #[error(transparent)]
-    Endpoint(#[from] crate::table::endpoint::InvalidEndpoint),
-    /// Bad `name`.
-    #[error(transparent)]
-    Name(#[from] baton_shared::id::InvalidWorkerId),
 }
 
 /// `[health]`.

@@ -106,13 +106,13 @@ struct Record {
 const NEW: Record =
     Record { condition: Condition::Unproven, failures: 0, probe_failures: 0, ejections: 0 };
 
-/// The record after `event`. `may_eject` is asked only where it matters.
+/// The record after `event`; `may_eject` = enough other workers stay.
 fn next(
     mut record: Record,
     event: Event,
     now: Duration,
     rules: &HealthConfig,
-    may_eject: impl FnOnce() -> bool,
+    may_eject: bool,
 ) -> Record {
     if let Condition::Ejected { until } = record.condition
         && now >= until
@@ -154,15 +154,10 @@ fn next(
     record
 }
 
-fn eject(
-    record: &mut Record,
-    now: Duration,
-    rules: &HealthConfig,
-    may_eject: impl FnOnce() -> bool,
-) {
+fn eject(record: &mut Record, now: Duration, rules: &HealthConfig, may_eject: bool) {
     match record.condition {
         Condition::Unproven | Condition::Down | Condition::Ejected { .. } => {}
-        Condition::Up | Condition::HalfOpen if may_eject() => {
+        Condition::Up | Condition::HalfOpen if may_eject => {
             let doubled = rules.eject_time.0.saturating_mul(1 << record.ejections.min(20));
             let until = now.saturating_add(doubled.min(rules.eject_time_max.0));
             record.condition = Condition::Ejected { until };
@@ -262,7 +257,7 @@ impl Health {
         let may_eject = matches!(event, Event::Failed | Event::ProbeFailed) && may_eject();
         let mut record = self.locked();
         let before = *record;
-        *record = next(before, event, now, rules, || may_eject);
+        *record = next(before, event, now, rules, may_eject);
         let gate = match record.condition {
             Condition::Up => OPEN,
             Condition::Unproven | Condition::Down => SHUT,
@@ -270,9 +265,10 @@ impl Health {
             Condition::HalfOpen => millis(now).clamp(1, SHUT - 1),
         };
         self.gate.store(gate, Ordering::Relaxed);
-        self.spotless.store(*record == Record { condition: Condition::Up, ..NEW }, Ordering::Relaxed);
-        let same = std::mem::discriminant(&before.condition)
-            == std::mem::discriminant(&record.condition);
+        self.spotless
+            .store(*record == Record { condition: Condition::Up, ..NEW }, Ordering::Relaxed);
+        let same =
+            std::mem::discriminant(&before.condition) == std::mem::discriminant(&record.condition);
         (!same).then_some(Change { from: before.condition, to: record.condition, event })
     }
 
@@ -312,7 +308,7 @@ mod tests {
     fn run(start: Record, events: &[(u64, Event)], rules: &HealthConfig) -> Record {
         events
             .iter()
-            .fold(start, |record, (at, event)| next(record, *event, seconds(*at), rules, || true))
+            .fold(start, |record, (at, event)| next(record, *event, seconds(*at), rules, true))
     }
 
     fn ejected(until: u64) -> Condition {
@@ -329,7 +325,10 @@ mod tests {
 
     #[test]
     fn ejections_double_up_to_the_longest_and_a_served_request_forgets_them() {
-        let rules = HealthConfig { eject_time_max: baton_shared::config::units::Seconds::new(3), ..HealthConfig::default() };
+        let rules = HealthConfig {
+            eject_time_max: baton_shared::config::units::Seconds::new(3),
+            ..HealthConfig::default()
+        };
         let once = run(NEW, &[(0, Event::ProbeOk), (10, Event::Failed)], &rules);
         assert_eq!(once.condition, ejected(11));
         let twice = run(once, &[(11, Event::Failed)], &rules);
@@ -343,7 +342,8 @@ mod tests {
     #[test]
     fn a_good_probe_ends_neither_a_running_ejection_nor_the_memory_of_it() {
         let rules = HealthConfig::default();
-        let out = run(NEW, &[(0, Event::ProbeOk), (10, Event::Failed), (10, Event::ProbeOk)], &rules);
+        let out =
+            run(NEW, &[(0, Event::ProbeOk), (10, Event::Failed), (10, Event::ProbeOk)], &rules);
         assert_eq!(out.condition, ejected(11));
         let back = run(out, &[(12, Event::ProbeOk)], &rules);
         assert_eq!(back.condition, Condition::Up);
@@ -353,7 +353,8 @@ mod tests {
     #[test]
     fn failures_count_in_a_row_and_probes_do_not_hide_failing_requests() {
         let rules = HealthConfig { eject_after: 3, ..HealthConfig::default() };
-        let two = [(0, Event::ProbeOk), (1, Event::Failed), (1, Event::ProbeOk), (2, Event::Failed)];
+        let two =
+            [(0, Event::ProbeOk), (1, Event::Failed), (1, Event::ProbeOk), (2, Event::Failed)];
         let record = run(NEW, &two, &rules);
         assert_eq!(record.condition, Condition::Up);
         assert_eq!(run(record, &[(3, Event::Failed)], &rules).condition, ejected(4));
@@ -375,7 +376,7 @@ mod tests {
     fn nothing_is_ejected_where_too_few_would_stay() {
         let rules = HealthConfig::default();
         let up = run(NEW, &[(0, Event::ProbeOk)], &rules);
-        let record = next(up, Event::Failed, seconds(1), &rules, || false);
+        let record = next(up, Event::Failed, seconds(1), &rules, false);
         assert_eq!(record.condition, Condition::Up);
     }
 

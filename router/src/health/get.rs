@@ -9,8 +9,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, timeout_at};
 
-use crate::table::endpoint::Endpoint;
 use crate::table::worker::Worker;
+use baton_shared::config::net::Endpoint;
 
 /// Longest answer that is read.
 const MAX_ANSWER: usize = 1 << 20;
@@ -43,10 +43,10 @@ pub async fn get(worker: &Worker, path: &str, limit: Duration) -> Result<Reply, 
     let deadline = Instant::now() + limit;
     let request = format!(
         "GET {path} HTTP/1.1\r\nhost: {}\r\naccept: */*\r\nconnection: close\r\n\r\n",
-        worker.endpoint.authority()
+        worker.authority
     );
     match &worker.endpoint {
-        Endpoint::Tcp { .. } => {
+        Endpoint::Tcp(_) => {
             let addresses = worker.addresses().to_vec();
             let stream = connect(&addresses, deadline).await?;
             exchange(stream, &request, deadline).await
@@ -160,13 +160,20 @@ mod tests {
     fn an_answer_is_whole_by_length_by_chunks_or_by_its_end() {
         let whole = |text: &str, ended| parse(text.as_bytes(), ended).unwrap().map(|r| r.body);
         assert_eq!(whole("HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nab", false), None);
-        assert_eq!(whole("HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", false).unwrap(), b"abc");
-        let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n";
+        assert_eq!(
+            whole("HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", false).unwrap(),
+            b"abc"
+        );
+        let chunked =
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n";
         assert_eq!(whole(chunked, false).unwrap(), b"abc");
         assert_eq!(whole(&chunked[..chunked.len() - 8], true), None);
         assert_eq!(whole("HTTP/1.0 200 OK\r\n\r\nabc", false), None);
         assert_eq!(whole("HTTP/1.0 200 OK\r\n\r\nabc", true).unwrap(), b"abc");
-        assert_eq!(whole("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 No\r\n\r\n", false).unwrap(), b"");
+        assert_eq!(
+            whole("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 No\r\n\r\n", false).unwrap(),
+            b""
+        );
         assert!(parse(b"garbage\r\n\r\n", true).is_err());
     }
 }

@@ -7,13 +7,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_shared::config::net::Endpoint;
 use tokio::task::JoinSet;
 
 use super::Event;
 use super::get::{GetError, Reply, get, resolve};
 use crate::config::HealthConfig;
 use crate::table::Table;
-use crate::table::endpoint::Endpoint;
 use crate::table::worker::{Dialect, Worker};
 
 /// How often a host name is resolved again while its worker is well.
@@ -104,8 +104,8 @@ struct Visit {
 impl Visit {
     async fn run(self, table: Arc<Table>, worker: Arc<Worker>) -> usize {
         let timeout = self.rules.probe_timeout.0;
-        if let (true, Endpoint::Tcp { host, port }) = (self.resolve, &worker.endpoint) {
-            match resolve(host, *port, timeout).await {
+        if let (true, Endpoint::Tcp(at)) = (self.resolve, &worker.endpoint) {
+            match resolve(&at.host, at.port, timeout).await {
                 Ok(addresses) => worker.set_addresses(addresses),
                 // Known addresses stay in use: a name server that is away must not take workers with it.
                 Err(error) => {
@@ -231,8 +231,10 @@ mod tests {
         let (port, server) = worker(Arc::clone(&status)).await;
         let mut config = RouterConfig::default();
         config.health.probe_interval = Seconds::millis(100);
-        config.context.servers = vec![ServerEntry::new(format!("localhost:{port}"))];
-        config.generation.servers = vec![ServerEntry::new(format!("127.0.0.1:{port}"))];
+        config.context.servers =
+            vec![ServerEntry::new(format!("localhost:{port}").parse().unwrap())];
+        config.generation.servers =
+            vec![ServerEntry::new(format!("127.0.0.1:{port}").parse().unwrap())];
         let table = Arc::new(Table::new(config).unwrap());
         let prober = tokio::spawn(run(Arc::clone(&table)));
         let snapshot = table.snapshot_full();

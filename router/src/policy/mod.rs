@@ -110,8 +110,8 @@ mod tests {
     use super::*;
     use crate::config::HealthConfig;
     use crate::health::Event;
-    use crate::table::endpoint::Endpoint;
     use crate::table::worker::WorkerSpec;
+    use baton_shared::config::net::Endpoint;
     use baton_shared::role::Role;
 
     const NOW: Duration = Duration::from_secs(1);

@@ -35,7 +35,7 @@ mod tests {
     fn equal_weights_are_taken_in_configured_order() {
         let pool: Vec<_> = (0..3)
             .map(|slot| {
-                let endpoint: crate::table::endpoint::Endpoint =
+                let endpoint: baton_shared::config::net::Endpoint =
                     format!("w:{}", slot + 1).parse().unwrap();
                 let id = endpoint.to_string().parse().unwrap();
                 let spec =

@@ -3,7 +3,6 @@
 //! A request takes a snapshot, chooses from it and keeps its worker; every retry takes the newest one.
 //! Counters and health live in `Arc<Worker>` and outlast a snapshot. Nothing here does I/O.
 
-pub mod endpoint;
 pub mod worker;
 
 use std::collections::HashMap;
@@ -12,12 +11,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, Guard};
-use baton_shared::id::WorkerId;
+use baton_shared::id::{InvalidWorkerId, WorkerId};
 use baton_shared::role::Role;
 use tokio::sync::Notify;
 
 use self::worker::{Dialect, Worker, WorkerSpec};
-use crate::config::{DialectChoice, PoolConfig, RouterConfig, ServerEntry, ServerEntryError};
+use crate::config::{DialectChoice, PoolConfig, RouterConfig, ServerEntry};
 use crate::health::{Event, Outcome};
 use crate::policy::{self, Features, Policy, Tried};
 
@@ -119,7 +118,7 @@ pub struct Table {
 
 impl Table {
     /// A table of the configured servers, none of them proven yet. Errors name the entry at fault.
-    pub fn new(config: RouterConfig) -> Result<Self, ServerEntryError> {
+    pub fn new(config: RouterConfig) -> Result<Self, InvalidWorkerId> {
         let mut slots = 0..;
         let table = build(Arc::new(config), 1, &mut slots)?;
         Ok(Self {
@@ -173,7 +172,8 @@ impl Table {
                 return true;
             }
             // An ejection ends by time alone, without a notification.
-            let reopens = table.pool(phase).iter().filter_map(|w| w.health.reopens_after(now)).min();
+            let reopens =
+                table.pool(phase).iter().filter_map(|w| w.health.reopens_after(now)).min();
             let look = reopens.map_or(deadline, |wait| {
                 deadline.min(tokio::time::Instant::now() + wait.max(Duration::from_millis(10)))
             });
@@ -222,13 +222,13 @@ fn build(
     config: Arc<RouterConfig>,
     version: u64,
     slots: &mut impl Iterator<Item = usize>,
-) -> Result<RoutingTable, ServerEntryError> {
-    let ids = |pool: &PoolConfig| -> Result<Vec<WorkerId>, ServerEntryError> {
+) -> Result<RoutingTable, InvalidWorkerId> {
+    let ids = |pool: &PoolConfig| -> Result<Vec<WorkerId>, InvalidWorkerId> {
         pool.servers.iter().map(ServerEntry::id).collect()
     };
     let (context_ids, generation_ids) = (ids(&config.context)?, ids(&config.generation)?);
     let mut workers: HashMap<WorkerId, Arc<Worker>> = HashMap::new();
-    let mut take = |entry: &ServerEntry, id: &WorkerId| -> Result<Arc<Worker>, ServerEntryError> {
+    let mut take = |entry: &ServerEntry, id: &WorkerId| -> Result<Arc<Worker>, InvalidWorkerId> {
         if let Some(worker) = workers.get(id) {
             return Ok(Arc::clone(worker));
         }
@@ -239,7 +239,7 @@ fn build(
         };
         let spec = WorkerSpec {
             id: id.clone(),
-            endpoint: entry.endpoint()?,
+            endpoint: entry.url.clone(),
             role,
             weight: entry.weight,
             dialect: match entry.dialect {
@@ -268,7 +268,8 @@ mod tests {
     use super::*;
 
     pub(super) fn config(context: &[&str], generation: &[&str]) -> RouterConfig {
-        let servers = |urls: &[&str]| urls.iter().map(|url| ServerEntry::new(*url)).collect();
+        let servers =
+            |urls: &[&str]| urls.iter().map(|url| ServerEntry::new(url.parse().unwrap())).collect();
         let mut config = RouterConfig::default();
         config.context.servers = servers(context);
         config.generation.servers = servers(generation);

@@ -6,12 +6,13 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
+use baton_shared::config::net::Endpoint;
 use baton_shared::id::WorkerId;
 use baton_shared::role::Role;
 
-use super::endpoint::Endpoint;
 use crate::health::Health;
 
 /// Which protocol a worker speaks.
@@ -46,6 +47,8 @@ pub struct Worker {
     pub slot: usize,
     /// Where it is, as configured.
     pub endpoint: Endpoint,
+    /// What goes into the `Host` header.
+    pub authority: String,
     /// Which lists it is in.
     pub role: Role,
     /// Share of the work, at least 1.
@@ -101,15 +104,20 @@ impl Worker {
     pub fn new(spec: WorkerSpec, slot: usize) -> Self {
         let WorkerSpec { id, endpoint, role, weight, dialect } = spec;
         let addresses = match &endpoint {
-            Endpoint::Tcp { host, port } => {
-                host.parse().map(|ip| vec![SocketAddr::new(ip, *port)]).unwrap_or_default()
+            Endpoint::Tcp(at) => {
+                at.host.parse().map(|ip| vec![SocketAddr::new(ip, at.port)]).unwrap_or_default()
             }
             Endpoint::Unix(_) => Vec::new(),
+        };
+        let authority = match &endpoint {
+            Endpoint::Tcp(at) => at.to_string(),
+            Endpoint::Unix(_) => "localhost".to_owned(),
         };
         Self {
             id,
             slot,
             endpoint,
+            authority,
             role,
             weight: weight.max(1),
             dialect_fixed: dialect.is_some(),
@@ -153,7 +161,7 @@ impl Worker {
         }
     }
 
-    /// Resolved addresses, newest first known order; empty for a Unix socket or before the first resolution.
+    /// Resolved addresses, to be tried in order; empty for a Unix socket or before the first resolution.
     pub fn addresses(&self) -> Guard<Arc<Vec<SocketAddr>>> {
         self.addresses.load()
     }
@@ -168,7 +176,7 @@ impl Worker {
 
 impl Worker {
     /// Whether it may be chosen at `now` (on the table's clock).
-    pub fn usable(&self, now: std::time::Duration) -> bool {
+    pub fn usable(&self, now: Duration) -> bool {
         self.health.admits(now, self.in_flight())
     }
 }
