@@ -1,0 +1,198 @@
+//! What does not start, and how it says so; and the names of TensorRT-LLM's documentation that do start.
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Output, Stdio};
+use std::time::Duration;
+
+use baton_integration::client::Client;
+use baton_integration::files;
+use baton_integration::process::{Process, Program, free_port};
+use serde_json::json;
+
+use crate::support::{READY, STOP};
+use crate::tiny;
+
+async fn run(binary: &str, args: &[&str]) -> Output {
+    let output = tokio::process::Command::new(files::binary(binary).unwrap())
+        .args(args)
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    tokio::time::timeout(Duration::from_secs(30), output).await.expect("it ends").unwrap()
+}
+
+/// Runs it and checks exit code and words.
+async fn refuses(binary: &str, args: &[&str], code: i32, words: &[&str]) {
+    let output = run(binary, args).await;
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {text}");
+    for word in words {
+        assert!(text.contains(word), "{args:?}: `{word}` is not in: {text}");
+    }
+    assert!(!text.contains("panicked"), "{text}");
+}
+
+fn file(folder: &Path, name: &str, text: &str) -> String {
+    let path = folder.join(name);
+    std::fs::write(&path, text).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn a_wrong_configuration_names_file_line_key_and_rule() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name, text| file(folder.path(), name, text);
+    let unknown = at("unknown.toml", "[server]\nlisten = \"127.0.0.1:1\"\n[kv]\npol = \"1MiB\"\n");
+    refuses("baton-workerd", &["--config", &unknown], 78, &["unknown.toml:4", "pol", "pool"]).await;
+    let unit = at("unit.toml", "model = \"x\"\n[handover]\npull_timeout = \"10 parsecs\"\n");
+    refuses("baton-workerd", &["--config", &unit], 78, &["unit.toml:3", "pull_timeout", "10 parsecs"]).await;
+    let role = at("role.toml", "model = \"x\"\nrole = \"prefill\"\n");
+    refuses("baton-workerd", &["--config", &role], 78, &["role.toml:2", "role", "context"]).await;
+    let later = at("later.toml", "model = \"x\"\n[handover]\nnixl_backend = \"LIBFABRIC\"\n");
+    refuses("baton-workerd", &["--config", &later], 78, &["later.toml:3", "nixl_backend", "LIBFABRIC"]).await;
+    let router = at("router.toml", "[routing]\nattemps = 3\n");
+    refuses("baton-router", &["--config", &router], 78, &["router.toml:2", "attemps", "attempts"]).await;
+    let yaml = at("disagg.yaml", "hostname: localhost\nport: 8000\ncontext_server:\n  urls: []\n");
+    refuses("baton-router", &["-c", &yaml], 78, &["disagg.yaml:3", "context_server"]).await;
+    refuses("baton-router", &["--config", "/nowhere/at/all.toml"], 78, &["/nowhere/at/all.toml"]).await;
+    refuses("baton-workerd", &["--no-such-flag"], 2, &["--no-such-flag"]).await;
+    refuses("baton-router", &[], 2, &["--config"]).await;
+    refuses("baton-up", &[&at("up.toml", "[router]\n")], 78, &["[[worker]]"]).await;
+}
+
+#[tokio::test]
+async fn a_missing_or_damaged_model_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let listen = format!("127.0.0.1:{}", free_port().unwrap());
+    let serve = |model: String| {
+        let listen = listen.clone();
+        async move { run("baton-workerd", &[&model, "--listen", &listen]).await }
+    };
+    let demo = std::fs::read(files::demo_model().unwrap()).unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    std::fs::write(path("half.gguf"), &demo[..demo.len() / 2]).unwrap();
+    std::fs::write(path("noise.gguf"), [7u8; 5000]).unwrap();
+    std::fs::create_dir(path("empty")).unwrap();
+    for model in ["half.gguf", "noise.gguf", "empty", "missing.gguf"] {
+        let output = serve(path(model)).await;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(matches!(output.status.code(), Some(1 | 78)), "{model}: {:?} {text}", output.status);
+        assert!(text.contains(model), "{model}: {text}");
+        assert!(!text.contains("panicked"), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn a_port_in_use_is_named() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let model = tiny::model(4);
+    let model = model.path.to_str().unwrap();
+    refuses("baton-workerd", &[model, "--listen", &address], 1, &[&address, "in use"]).await;
+    let folder = tempfile::tempdir().unwrap();
+    let config = format!(
+        "[server]\nlisten = \"{address}\"\nadmin_listen = \"127.0.0.1:{}\"\n\
+         [[context.servers]]\nurl = \"127.0.0.1:1\"\n[[generation.servers]]\nurl = \"127.0.0.1:1\"\n",
+        free_port().unwrap()
+    );
+    let config = file(folder.path(), "router.toml", &config);
+    refuses("baton-router", &["--config", &config], 1, &[&address, "in use"]).await;
+}
+
+#[tokio::test]
+async fn nixl_that_is_not_there_is_an_error_that_says_where_it_was_looked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = format!(
+        "model = \"{}\"\n[server]\nlisten = \"127.0.0.1:{}\"\n[nixl]\nlibrary_dir = \"{}\"\n",
+        tiny::model(4).path.display(),
+        free_port().unwrap(),
+        folder.path().display()
+    );
+    let config = file(folder.path(), "w.toml", &config);
+    let words = ["library_dir", folder.path().to_str().unwrap()];
+    let output = run("baton-workerd", &["--config", &config]).await;
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(matches!(output.status.code(), Some(1 | 78)), "{:?}: {text}", output.status);
+    words.iter().for_each(|word| assert!(text.contains(word), "{word}: {text}"));
+}
+
+#[tokio::test]
+async fn every_shipped_configuration_passes_the_check() {
+    let config = files::top().join("config");
+    let path = |name: &str| config.join(name).to_str().unwrap().to_owned();
+    for (binary, flag, name) in [
+        ("baton-router", "--config", "router.toml"),
+        ("baton-router", "-c", "examples/disagg_config.yaml"),
+        ("baton-workerd", "--config", "workerd-context.toml"),
+        ("baton-workerd", "--config", "workerd-generation.toml"),
+    ] {
+        let output = run(binary, &[flag, &path(name), "--check"]).await;
+        assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+async fn ready(process: &mut Process, client: Client) {
+    let begun = std::time::Instant::now();
+    while !matches!(client.get("/health").await, Ok(answer) if answer.status == 200) {
+        assert!(process.ended().unwrap().is_none(), "{}", process.log());
+        assert!(begun.elapsed() < READY, "{}", process.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn the_commands_of_the_documentation_that_is_replaced_start_a_cluster() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = tiny::model(4);
+    let examples = files::top().join("config/examples");
+    let ports = [free_port().unwrap(), free_port().unwrap(), free_port().unwrap()];
+    let mut workers = Vec::new();
+    for (name, yaml, flag, port) in [
+        ("ctx", "ctx_config.yaml", "--extra_llm_api_options", ports[0]),
+        ("gen", "gen_config.yaml", "--config", ports[1]),
+    ] {
+        let mut args = vec![model.path.to_str().unwrap().to_owned()];
+        args.extend(["--host", "localhost", "--port"].map(str::to_owned));
+        args.extend([port.to_string(), "--backend".into(), "pytorch".into()]);
+        args.extend([flag.to_owned(), examples.join(yaml).to_str().unwrap().to_owned()]);
+        args.extend(["--threads", "1", "--kv-pool", "64MiB"].map(str::to_owned));
+        let process = Program::new("baton-workerd", name, args).spawn(folder.path()).unwrap();
+        workers.push((process, Client::new(([127, 0, 0, 1], port).into())));
+    }
+    for (process, client) in &mut workers {
+        ready(process, *client).await;
+    }
+    let text = std::fs::read_to_string(examples.join("disagg_config.yaml")).unwrap();
+    let text = text.replace("8000", &ports[2].to_string()).replace("8001", &ports[0].to_string())
+        .replace("8003", &ports[1].to_string());
+    let config = file(folder.path(), "disagg_config.yaml", &text);
+    let mut router = Program::new("baton-router", "router", ["-c", &config]).spawn(folder.path()).unwrap();
+    let client = Client::new(([127, 0, 0, 1], ports[2]).into());
+    ready(&mut router, client).await;
+    let request = json!({"model": model.name, "prompt": "NVIDIA is a great company because",
+        "max_tokens": 16, "temperature": 0});
+    client.post("/v1/completions", &request).await.unwrap().ok().unwrap();
+    assert!(router.terminate(STOP).unwrap().success());
+    for (process, _) in &mut workers {
+        assert!(process.terminate(STOP).unwrap().success());
+    }
+}
+
+#[tokio::test]
+async fn baton_up_shows_an_answer_and_ends_well() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = std::fs::read_to_string(files::top().join("config/cluster.toml")).unwrap();
+    let mut text = text.replace(".deps/models", files::top().join(".deps/models").to_str().unwrap());
+    for port in ["8000", "9000", "8001", "8002", "8003"] {
+        text = text.replace(port, &free_port().unwrap().to_string());
+    }
+    let config = file(folder.path(), "cluster.toml", &text);
+    let logs = folder.path().join("logs");
+    let output = run("baton-up", &[&config, "--try", "--once", "--logs", logs.to_str().unwrap()]).await;
+    let out = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{out}{}", String::from_utf8_lossy(&output.stderr));
+    for word in ["NVIDIA is a great company because", "computed 8 prompt tokens", "pulled 8 prompt tokens"] {
+        assert!(out.contains(word), "`{word}` is not in: {out}");
+    }
+}

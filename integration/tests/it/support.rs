@@ -1,0 +1,141 @@
+//! What the topics share: a cluster in a folder of its own, requests, and answers in a form that can be compared.
+
+use std::path::Path;
+use std::time::Duration;
+
+use baton_integration::client::Client;
+use baton_integration::cluster::{Cluster, Member, Plan};
+use baton_integration::eventually::eventually;
+use baton_integration::scrape::Metrics;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use toml::Table;
+
+/// Loading a model on a busy machine.
+pub const READY: Duration = Duration::from_secs(60);
+/// An idle daemon ends at once.
+pub const STOP: Duration = Duration::from_secs(20);
+
+/// A cluster and the folder it lives in.
+pub struct Running {
+    pub cluster: Cluster,
+    pub plan: Plan,
+    pub folder: TempDir,
+}
+
+/// `contexts` and `generations` workers with `model` behind a router.
+pub async fn start(model: &Path, contexts: usize, generations: usize, worker: Table) -> Running {
+    let folder = tempfile::tempdir().unwrap();
+    let mut tries = 0;
+    loop {
+        let plan = Plan::local(model, contexts, generations, &worker).unwrap();
+        match Cluster::start(&plan, folder.path(), READY).await {
+            Ok(cluster) => return Running { cluster, plan, folder },
+            // Somebody else took a port between our looking and the daemon's binding.
+            Err(error) if tries < 3 && format!("{error:#}").contains("in use") => tries += 1,
+            Err(error) => panic!("{error:#}"),
+        }
+    }
+}
+
+impl Running {
+    pub fn context(&mut self, index: usize) -> &mut Member {
+        &mut self.cluster.workers[index]
+    }
+
+    /// Ends it; everything must end well.
+    pub fn stop(self) {
+        self.cluster.stop(STOP).unwrap();
+        drop(self.folder);
+    }
+}
+
+/// A worker's metrics.
+pub async fn metrics(member: &Member) -> Metrics {
+    Metrics::of(member.address, "/prometheus/metrics").await.unwrap()
+}
+
+/// Blocks of a worker in `state`.
+pub async fn blocks(member: &Member, state: &str) -> f64 {
+    metrics(member).await.sum("baton_worker_kv_blocks", &[("state", state)])
+}
+
+/// Waits until no block of any worker is in use.
+pub async fn all_free(cluster: &Cluster, patience: Duration) {
+    for member in &cluster.workers {
+        let what = format!("all blocks of `{}` free", member.process.name());
+        eventually(patience, &what, || async {
+            let metrics = metrics(member).await;
+            let busy = |state| metrics.sum("baton_worker_kv_blocks", &[("state", state)]);
+            let busy = ["used", "leased", "in_flight", "quarantined"].map(busy);
+            (busy.iter().sum::<f64>() == 0.0).then_some(())
+        })
+        .await;
+    }
+}
+
+/// All a client can tell two answers apart by, but ids and times.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    pub text: String,
+    pub finish: String,
+    pub usage: [u64; 3],
+    pub tokens: Vec<String>,
+    pub token_logprobs: Vec<f64>,
+    pub top_logprobs: Vec<Value>,
+}
+
+/// Sends a completion request, streamed or not, and takes the answer apart.
+pub async fn complete(client: Client, request: &Value, stream: bool) -> Outcome {
+    let mut request = request.clone();
+    if !stream {
+        let answer = client.post("/v1/completions", &request).await.unwrap().ok().unwrap();
+        return outcome(std::slice::from_ref(&answer), &answer["usage"]);
+    }
+    request["stream"] = json!(true);
+    request["stream_options"] = json!({"include_usage": true});
+    let events = client.stream("/v1/completions", &request).await.unwrap().events().await.unwrap();
+    let (last, chunks) = events.split_last().unwrap();
+    assert_eq!(last["choices"], json!([]), "the usage chunk has no choice: {last}");
+    outcome(chunks, &last["usage"])
+}
+
+/// Joins chunks; a whole answer is one chunk.
+fn outcome(chunks: &[Value], usage: &Value) -> Outcome {
+    let number = |key: &str| usage[key].as_u64().unwrap_or_else(|| panic!("{key} in {usage}"));
+    let usage = ["prompt_tokens", "completion_tokens", "total_tokens"].map(number);
+    let mut joined = Outcome {
+        text: String::new(),
+        finish: String::new(),
+        usage,
+        tokens: Vec::new(),
+        token_logprobs: Vec::new(),
+        top_logprobs: Vec::new(),
+    };
+    for chunk in chunks {
+        let choice = &chunk["choices"][0];
+        joined.text += choice["text"].as_str().unwrap_or_else(|| panic!("no text in {chunk}"));
+        if let Some(finish) = choice["finish_reason"].as_str() {
+            assert!(joined.finish.is_empty(), "a second finish reason: {chunks:?}");
+            joined.finish = finish.to_owned();
+        }
+        let logprobs = &choice["logprobs"];
+        let list = |key: &str| logprobs[key].as_array().cloned().unwrap_or_default();
+        joined.tokens.extend(list("tokens").iter().map(|one| one.as_str().unwrap().to_owned()));
+        joined.token_logprobs.extend(list("token_logprobs").iter().map(|one| one.as_f64().unwrap()));
+        joined.top_logprobs.extend(list("top_logprobs"));
+    }
+    joined
+}
+
+/// Token ids that look random, the same for the same seed.
+pub fn token_ids(seed: u64, count: usize, vocab: u64) -> Vec<u64> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % vocab
+    };
+    (0..count).map(|_| next()).collect()
+}
