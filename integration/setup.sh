@@ -44,12 +44,15 @@ wheel() {
 # What `libnixl_capi.so` and the UCX plug-in load, and UCX's shared-memory copy module. Not `libuct_ib*`: with it every
 # exit after the first UCX backend ends in SIGSEGV.
 keep_nixl_cu12() {
-    local from=$1 to=$2
-    mkdir -p "$to/nixl_cu12.libs/ucx"
-    cp -r "$from/.nixl_cu12.mesonpy.libs" "$to/"
-    find "$to/.nixl_cu12.mesonpy.libs/plugins" -name '*.so' ! -name 'libplugin_UCX.so' -delete
-    find "$from/nixl_cu12.libs" -maxdepth 1 -type f -exec cp {} "$to/nixl_cu12.libs/" \;
-    cp "$from"/nixl_cu12.libs/ucx/libuct_cma.so* "$to/nixl_cu12.libs/ucx/"
+    local from=$1 to=$2 file
+    local roots=(.nixl_cu12.mesonpy.libs/libnixl_capi.so .nixl_cu12.mesonpy.libs/plugins/libplugin_UCX.so)
+    for file in "$from"/nixl_cu12.libs/ucx/libuct_cma.so*; do
+        roots+=("${file#"$from/"}")
+    done
+    for file in "${roots[@]}"; do
+        echo "$file"
+        ldd "$from/$file" | awk '{ print $3 }' | xargs -r realpath -q | sed -n "s#^$(realpath "$from")/##p"
+    done | sort -u | (cd "$from" && xargs cp --parents -t "$to")
 }
 
 keep_libclang() {
@@ -103,8 +106,8 @@ python_packages=$cache/python-$tag-$(sha256sum "$requirements" | cut -c1-16)
 if [ ! -e "$python_packages/.complete" ]; then
     echo "setup: fetching the OpenAI Python client from PyPI"
     work=$(mktemp -d "$cache/.fetch-XXXXXX")
-    python3 -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary=:all: \
-        --target "$work/kept" --requirement "$requirements"
+    python3 -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --root-user-action=ignore \
+        --require-hashes --only-binary=:all: --target "$work/kept" --requirement "$requirements"
     touch "$work/kept/.complete"
     mv -T "$work/kept" "$python_packages" 2>/dev/null || [ -e "$python_packages/.complete" ]
     rm -rf "$work"
