@@ -1,1 +1,556 @@
-//! (being written)
+//! What a worker is told: the sections of `config/workerd-*.toml`, their defaults, and what must hold between them.
+//!
+//! Keys whose feature is not built yet are refused, never ignored. Nothing here touches the network or a device.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use baton_shared::config::ConfigError;
+use baton_shared::config::net::Listen;
+use baton_shared::config::units::{Bytes, Seconds};
+use baton_shared::role::Role;
+use baton_shared::telemetry::{self, LogFormat};
+use serde::{Deserialize, Serialize};
+
+/// A worker's whole configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WorkerConfig {
+    /// Directory, `.gguf` file, or hub id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// Names clients may use; empty = one made from `model`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub served_model_names: Vec<String>,
+    /// Part of the hand-over fingerprint; `None` = a hash of the weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model_revision: Option<String>,
+    /// A default for routing and admission.
+    pub role: Role,
+    /// `[server]`
+    pub server: ServerSection,
+    /// `[engine]`
+    pub engine: EngineSection,
+    /// `[kv]`
+    pub kv: KvSection,
+    /// `[handover]`
+    pub handover: HandoverSection,
+    /// `[nixl]`
+    pub nixl: NixlSection,
+    /// `[auth]`
+    pub auth: AuthSection,
+    /// `[log]`
+    pub log: LogSection,
+}
+
+/// `[server]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ServerSection {
+    /// Where HTTP is served; port 0 = any free one.
+    pub listen: Listen,
+    /// Waiting requests; beyond it 429.
+    pub max_queue: u32,
+    /// A client that reads nothing for this long is dropped.
+    pub write_timeout: Seconds,
+}
+
+/// `[engine]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EngineSection {
+    /// `auto`, `cpu` or `cuda:N`.
+    pub device: String,
+    /// CPU threads; 0 = as many as there are cores.
+    pub threads: u32,
+    /// Sequences in one step at most.
+    pub max_sequences: u32,
+    /// Input tokens in one step at most; 0 = by device.
+    pub max_batch_tokens: u32,
+    /// Longest sequence; 0 = the model's own.
+    pub max_model_len: u32,
+    /// `as-is`, `q8_0` or `q4_1`.
+    pub cpu_weights: String,
+    /// Ranks that share each layer.
+    pub tensor_parallel_size: u32,
+    /// Ranks that share the layers.
+    pub pipeline_parallel_size: u32,
+}
+
+/// `[kv]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct KvSection {
+    /// Tokens of a block.
+    pub block_tokens: u32,
+    /// Size of the pool on the CPU.
+    pub pool: Bytes,
+    /// Size of the pool on a GPU, as a share of what is free.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub free_gpu_memory_fraction: Option<f64>,
+    /// Whether blocks of earlier prompts are used again.
+    pub prefix_cache: bool,
+    /// Share of the pool that leases may hold; `None` = 0.9 for role context, else 0.5.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_leased_fraction: Option<f64>,
+}
+
+/// `[handover]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HandoverSection {
+    /// `NIXL`, or its other names `DEFAULT` and `UCX`.
+    pub backend: String,
+    /// NIXL's own backend.
+    pub nixl_backend: String,
+    /// Tokens in flight at most; 0 = what the pool holds.
+    pub max_tokens_in_buffer: u32,
+    /// How long a context worker keeps blocks for their reader.
+    pub lease_timeout: Seconds,
+    /// How long one pull may take.
+    pub pull_timeout: Seconds,
+    /// What happens when a pull fails: `error` or `recompute`.
+    pub fallback: String,
+    /// Network interface peers reach us by.
+    pub advertise: String,
+}
+
+/// `[nixl]`
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NixlSection {
+    /// Where NIXL's libraries are; before all other places.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub library_dir: Option<PathBuf>,
+    /// UCX's ports, `20000-20100`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port_range: Option<String>,
+    /// Passed on as `UCX_KEY=value`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub ucx: BTreeMap<String, String>,
+}
+
+/// `[auth]`
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AuthSection {
+    /// One key a line: the first signs, all verify.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub internal_request_auth_key_file: Option<PathBuf>,
+    /// Lets a worker be reached from other machines without a key.
+    pub allow_unauthenticated_peers: bool,
+}
+
+/// `[log]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogSection {
+    /// `auto`, `text` or `json`.
+    pub format: LogFormat,
+    /// `error`, `warn`, `info`, `debug`, `trace`, or a filter.
+    pub level: String,
+}
+
+impl Default for WorkerConfig {
+    fn default() -> Self {
+        Self {
+            model: None,
+            served_model_names: Vec::new(),
+            model_revision: None,
+            role: Role::Both,
+            server: ServerSection::default(),
+            engine: EngineSection::default(),
+            kv: KvSection::default(),
+            handover: HandoverSection::default(),
+            nixl: NixlSection::default(),
+            auth: AuthSection::default(),
+            log: LogSection::default(),
+        }
+    }
+}
+
+impl Default for ServerSection {
+    fn default() -> Self {
+        Self { listen: Listen::loopback(8001), max_queue: 1024, write_timeout: Seconds::new(30) }
+    }
+}
+
+impl Default for EngineSection {
+    fn default() -> Self {
+        Self {
+            device: "auto".into(),
+            threads: 0,
+            max_sequences: 64,
+            max_batch_tokens: 0,
+            max_model_len: 0,
+            cpu_weights: "as-is".into(),
+            tensor_parallel_size: 1,
+            pipeline_parallel_size: 1,
+        }
+    }
+}
+
+impl Default for KvSection {
+    fn default() -> Self {
+        Self {
+            block_tokens: 32,
+            pool: Bytes::mib(512),
+            free_gpu_memory_fraction: None,
+            prefix_cache: false,
+            max_leased_fraction: None,
+        }
+    }
+}
+
+impl Default for HandoverSection {
+    fn default() -> Self {
+        Self {
+            backend: "NIXL".into(),
+            nixl_backend: "UCX".into(),
+            max_tokens_in_buffer: 0,
+            lease_timeout: Seconds::new(60),
+            pull_timeout: Seconds::new(10),
+            fallback: "error".into(),
+            advertise: "lo".into(),
+        }
+    }
+}
+
+impl Default for LogSection {
+    fn default() -> Self {
+        Self { format: LogFormat::Auto, level: "info".into() }
+    }
+}
+
+impl WorkerConfig {
+    /// What types cannot say.
+    ///
+    /// # Errors
+    /// The first rule that is broken; file and line are for the caller to add.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.validate_model()?;
+        self.server.validate()?;
+        self.engine.validate()?;
+        self.kv.validate()?;
+        self.handover.validate()?;
+        self.nixl.validate()?;
+        self.log.validate()?;
+        self.validate_exposure()
+    }
+
+    /// Share of the pool that leases may hold.
+    pub fn max_leased_fraction(&self) -> f64 {
+        self.kv.max_leased_fraction.unwrap_or(match self.role {
+            Role::Context => 0.9,
+            Role::Generation | Role::Both => 0.5,
+        })
+    }
+
+    /// Whether other machines can reach this worker over HTTP or by its transport.
+    pub fn is_exposed(&self) -> bool {
+        !self.server.listen.is_loopback() || self.handover.advertise != "lo"
+    }
+
+    fn validate_model(&self) -> Result<(), ConfigError> {
+        if self.model.as_deref().is_none_or(str::is_empty) {
+            return Err(broken(
+                "model",
+                None,
+                "is missing: name a directory, a `.gguf` file or a hub id, here or as the first argument",
+            ));
+        }
+        if self.served_model_names.iter().any(String::is_empty) {
+            return Err(broken(
+                "served_model_names",
+                Some("".into()),
+                "must not hold an empty name",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Whoever is reachable from other machines must be able to tell its peers.
+    fn validate_exposure(&self) -> Result<(), ConfigError> {
+        let allowed = self.auth.allow_unauthenticated_peers
+            || self.auth.internal_request_auth_key_file.is_some();
+        if allowed || !self.is_exposed() {
+            return Ok(());
+        }
+        let rule = "reaches beyond this machine: set `auth.internal_request_auth_key_file` \
+                    (or `auth.allow_unauthenticated_peers = true`)";
+        Err(if self.server.listen.is_loopback() {
+            broken("handover.advertise", Some(self.handover.advertise.clone()), rule)
+        } else {
+            broken("server.listen", Some(self.server.listen.to_string()), rule)
+        })
+    }
+}
+
+impl ServerSection {
+    fn validate(&self) -> Result<(), ConfigError> {
+        if let Listen::Unix(_) = self.listen {
+            return Err(not_yet("server.listen", &self.listen, "use `host:port`"));
+        }
+        at_least("server.max_queue", self.max_queue, 1)?;
+        positive("server.write_timeout", self.write_timeout)
+    }
+}
+
+impl EngineSection {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let cuda = |n: &str| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit());
+        match self.device.as_str() {
+            "auto" | "cpu" => {}
+            other if other.strip_prefix("cuda:").is_some_and(cuda) => {
+                return Err(not_yet("engine.device", other, "use `cpu`"));
+            }
+            other => {
+                let rule = "must be `auto`, `cpu` or `cuda:N`";
+                return Err(broken("engine.device", Some(other.into()), rule));
+            }
+        }
+        match self.cpu_weights.as_str() {
+            "as-is" => {}
+            other @ ("q8_0" | "q4_1") => {
+                return Err(not_yet("engine.cpu_weights", other, "use `as-is`"));
+            }
+            other => {
+                let rule = "must be `as-is`, `q8_0` or `q4_1`";
+                return Err(broken("engine.cpu_weights", Some(other.into()), rule));
+            }
+        }
+        one("engine.tensor_parallel_size", self.tensor_parallel_size)?;
+        one("engine.pipeline_parallel_size", self.pipeline_parallel_size)?;
+        at_least("engine.max_sequences", self.max_sequences, 1)
+    }
+}
+
+impl KvSection {
+    fn validate(&self) -> Result<(), ConfigError> {
+        if self.block_tokens != 32 {
+            return Err(not_yet("kv.block_tokens", self.block_tokens, "use 32"));
+        }
+        if self.prefix_cache {
+            return Err(not_yet("kv.prefix_cache", true, "use `false`"));
+        }
+        if let Some(fraction) = self.free_gpu_memory_fraction {
+            let instead = "the pool of a CPU worker is `kv.pool`";
+            return Err(not_yet("kv.free_gpu_memory_fraction", fraction, instead));
+        }
+        match self.max_leased_fraction {
+            Some(share) if !(share > 0.0 && share <= 1.0) => {
+                let rule = "must be above 0 and at most 1";
+                Err(broken("kv.max_leased_fraction", Some(share.to_string()), rule))
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+}
+
+impl HandoverSection {
+    fn validate(&self) -> Result<(), ConfigError> {
+        match self.backend.to_ascii_uppercase().as_str() {
+            "NIXL" | "DEFAULT" | "UCX" => {}
+            "MPI" | "MOONCAKE" => {
+                let rule = "is not supported: use `NIXL` (the default) or `UCX`";
+                return Err(broken("handover.backend", Some(self.backend.clone()), rule));
+            }
+            _ => {
+                let rule = "must be `NIXL`, `UCX` or `DEFAULT`";
+                return Err(broken("handover.backend", Some(self.backend.clone()), rule));
+            }
+        }
+        match self.nixl_backend.to_ascii_uppercase().as_str() {
+            "UCX" => {}
+            "LIBFABRIC" => {
+                return Err(not_yet("handover.nixl_backend", &self.nixl_backend, "use `UCX`"));
+            }
+            _ => {
+                let rule = "must be `UCX` or `LIBFABRIC`";
+                return Err(broken("handover.nixl_backend", Some(self.nixl_backend.clone()), rule));
+            }
+        }
+        match self.fallback.as_str() {
+            "error" => {}
+            other @ "recompute" => {
+                return Err(not_yet("handover.fallback", other, "use `error`"));
+            }
+            other => {
+                let rule = "must be `error` or `recompute`";
+                return Err(broken("handover.fallback", Some(other.into()), rule));
+            }
+        }
+        let interface = |b: u8| b.is_ascii_graphic() && !b",;=/".contains(&b);
+        if !(1..=15).contains(&self.advertise.len()) || !self.advertise.bytes().all(interface) {
+            let rule = "must be the name of a network interface, as in `eth0`";
+            return Err(broken("handover.advertise", Some(self.advertise.clone()), rule));
+        }
+        positive("handover.lease_timeout", self.lease_timeout)?;
+        positive("handover.pull_timeout", self.pull_timeout)
+    }
+}
+
+impl NixlSection {
+    /// First and last port, if any are set.
+    pub fn ports(&self) -> Option<(u16, u16)> {
+        let (first, last) = self.port_range.as_deref()?.split_once('-')?;
+        Some((first.trim().parse().ok()?, last.trim().parse().ok()?))
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        const FEWEST: u16 = 8;
+        if let Some(range) = &self.port_range {
+            let wide = |(first, last): (u16, u16)| {
+                first >= 1 && last.checked_sub(first).is_some_and(|n| n >= FEWEST - 1)
+            };
+            if !self.ports().is_some_and(wide) {
+                let rule = "must be `first-last` with at least 8 ports, as in `20000-20100`";
+                return Err(broken("nixl.port_range", Some(range.clone()), rule));
+            }
+        }
+        let plain = |b: u8| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_';
+        for key in self.ucx.keys() {
+            if key.is_empty() || !key.bytes().all(plain) || key.starts_with("UCX_") {
+                let rule = "must be a UCX setting without its prefix, as in `TLS`";
+                return Err(broken("nixl.ucx", Some(key.clone()), rule));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl LogSection {
+    fn validate(&self) -> Result<(), ConfigError> {
+        telemetry::check_level(&self.level)
+            .map_err(|_| broken("log.level", Some(self.level.clone()), LEVEL_RULE))
+    }
+}
+
+const LEVEL_RULE: &str =
+    "must be error, warn, info, debug, trace or off, or a filter such as `info,target=debug`";
+
+/// A value that breaks `rule`.
+fn broken(key: &str, value: Option<String>, rule: &str) -> ConfigError {
+    ConfigError { value, ..ConfigError::new(key, rule) }
+}
+
+/// A value that will be right one day.
+pub fn not_yet(key: &str, value: impl ToString, instead: &str) -> ConfigError {
+    broken(key, Some(value.to_string()), &format!("is not available yet: {instead}"))
+}
+
+fn at_least(key: &str, value: u32, least: u32) -> Result<(), ConfigError> {
+    if value >= least {
+        return Ok(());
+    }
+    Err(broken(key, Some(value.to_string()), &format!("must be at least {least}")))
+}
+
+fn one(key: &str, value: u32) -> Result<(), ConfigError> {
+    match value {
+        1 => Ok(()),
+        0 => at_least(key, value, 1),
+        more => Err(not_yet(key, more, "use 1")),
+    }
+}
+
+fn positive(key: &str, value: Seconds) -> Result<(), ConfigError> {
+    const LONGEST: Seconds = Seconds::new(24 * 3600);
+    if value.0.is_zero() || value > LONGEST {
+        let rule = "must be above 0 and at most 24 hours";
+        return Err(broken(key, Some(value.to_string()), rule));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> WorkerConfig {
+        toml::from_str(text).unwrap()
+    }
+
+    /// What `validate` says about `model = "m"` and `text`.
+    fn refused(text: &str) -> ConfigError {
+        parse(&format!("model = \"m\"\n{text}")).validate().unwrap_err()
+    }
+
+    #[test]
+    fn an_empty_file_is_the_defaults_and_lacks_only_the_model() {
+        assert_eq!(parse(""), WorkerConfig::default());
+        assert_eq!(parse("").validate().unwrap_err().key, "model");
+        parse("model = \"m\"").validate().unwrap();
+    }
+
+    #[test]
+    fn what_is_printed_reads_back_as_the_same() {
+        let config =
+            parse("model = \"m\"\n[nixl]\nucx = { TLS = \"tcp\" }\n[kv]\npool = \"64MiB\"");
+        assert_eq!(parse(&toml::to_string(&config).unwrap()), config);
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_in_every_section() {
+        for section in ["", "[server]\n", "[engine]\n", "[kv]\n", "[handover]\n", "[nixl]\n"] {
+            assert!(toml::from_str::<WorkerConfig>(&format!("{section}surprise = 1")).is_err());
+        }
+    }
+
+    #[test]
+    fn what_is_not_built_says_so() {
+        for (text, key) in [
+            ("[engine]\ntensor_parallel_size = 2", "engine.tensor_parallel_size"),
+            ("[engine]\npipeline_parallel_size = 2", "engine.pipeline_parallel_size"),
+            ("[engine]\ncpu_weights = \"q8_0\"", "engine.cpu_weights"),
+            ("[engine]\ndevice = \"cuda:0\"", "engine.device"),
+            ("[kv]\nprefix_cache = true", "kv.prefix_cache"),
+            ("[kv]\nblock_tokens = 64", "kv.block_tokens"),
+            ("[kv]\nfree_gpu_memory_fraction = 0.9", "kv.free_gpu_memory_fraction"),
+            ("[handover]\nnixl_backend = \"LIBFABRIC\"", "handover.nixl_backend"),
+            ("[handover]\nfallback = \"recompute\"", "handover.fallback"),
+            ("[server]\nlisten = \"unix:/run/w.sock\"", "server.listen"),
+        ] {
+            let error = refused(text);
+            assert_eq!(error.key, key);
+            assert!(error.rule.contains("not available yet"), "{error}");
+        }
+    }
+
+    #[test]
+    fn values_out_of_range_name_the_key() {
+        for (text, key) in [
+            ("served_model_names = [\"\"]", "served_model_names"),
+            ("[engine]\ndevice = \"tpu\"", "engine.device"),
+            ("[engine]\nmax_sequences = 0", "engine.max_sequences"),
+            ("[kv]\nmax_leased_fraction = 1.5", "kv.max_leased_fraction"),
+            ("[handover]\nbackend = \"MPI\"", "handover.backend"),
+            ("[handover]\npull_timeout = \"0s\"", "handover.pull_timeout"),
+            ("[handover]\nadvertise = \"\"", "handover.advertise"),
+            ("[nixl]\nport_range = \"20000-20001\"", "nixl.port_range"),
+            ("[nixl]\nucx = { UCX_TLS = \"tcp\" }", "nixl.ucx"),
+            ("[server]\nmax_queue = 0", "server.max_queue"),
+            ("[log]\nlevel = \"loud\"", "log.level"),
+        ] {
+            assert_eq!(refused(text).key, key, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_worker_others_can_reach_needs_a_key_or_an_explicit_no() {
+        assert_eq!(refused("[server]\nlisten = \"0.0.0.0:8001\"").key, "server.listen");
+        assert_eq!(refused("[handover]\nadvertise = \"eth0\"").key, "handover.advertise");
+        for auth in ["allow_unauthenticated_peers = true", "internal_request_auth_key_file = \"k\""]
+        {
+            let text = format!("model = \"m\"\n[server]\nlisten = \"0.0.0.0:1\"\n[auth]\n{auth}");
+            parse(&text).validate().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_context_worker_may_lease_more_of_its_pool() {
+        assert_eq!(parse("role = \"context\"").max_leased_fraction(), 0.9);
+        assert_eq!(parse("").max_leased_fraction(), 0.5);
+        assert_eq!(parse("[kv]\nmax_leased_fraction = 0.25").max_leased_fraction(), 0.25);
+    }
+}

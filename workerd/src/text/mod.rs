@@ -1,1 +1,4 @@
-//! (being written)
+//! From generated tokens to text, in the request's own task.
+
+pub mod stop;
+pub mod stream;
