@@ -10,57 +10,28 @@ use bytes::{Bytes, BytesMut};
 /// Pieces below this many bytes are copied together; a write of its own costs more than the copy.
 const JOIN_BELOW: usize = 8 << 10;
 
-/// A body to be sent: pieces in order, none empty.
-#[derive(Clone, Debug, Default)]
-pub struct Rope {
-    pieces: Vec<Bytes>,
-    small: BytesMut,
-    len: usize,
-}
-
-impl Rope {
-    /// Empty, with room for `bytes` of small pieces.
-    pub fn with_capacity(bytes: usize) -> Self {
-        Self { pieces: Vec::new(), small: BytesMut::with_capacity(bytes), len: 0 }
-    }
-
-    /// Appends a piece; copies it if it is small.
-    pub fn push(&mut self, piece: &Bytes) {
-        if piece.len() < JOIN_BELOW {
-            return self.copy(piece);
+/// Joins neighbours that are each below 8 KiB; bigger pieces stay as they are. Empty pieces vanish.
+pub fn join(pieces: Vec<Bytes>) -> Vec<Bytes> {
+    let mut joined = Vec::with_capacity(pieces.len().min(4));
+    let mut rest = &pieces[..];
+    while let Some(first) = rest.first() {
+        let run = rest.iter().take_while(|piece| piece.len() < JOIN_BELOW).count();
+        if run < 2 {
+            if !first.is_empty() {
+                joined.push(first.clone());
+            }
+            rest = &rest[1..];
+            continue;
         }
-        self.flush();
-        self.len += piece.len();
-        self.pieces.push(piece.clone());
-    }
-
-    /// Appends a copy of `piece`.
-    pub fn copy(&mut self, piece: &[u8]) {
-        self.len += piece.len();
-        self.small.extend_from_slice(piece);
-    }
-
-    /// Bytes in all.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether nothing was appended.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// The pieces in order.
-    pub fn into_pieces(mut self) -> Vec<Bytes> {
-        self.flush();
-        self.pieces
-    }
-
-    fn flush(&mut self) {
-        if !self.small.is_empty() {
-            self.pieces.push(self.small.split().freeze());
+        let (small, behind) = rest.split_at(run);
+        let mut buffer = BytesMut::with_capacity(small.iter().map(Bytes::len).sum());
+        small.iter().for_each(|piece| buffer.extend_from_slice(piece));
+        if !buffer.is_empty() {
+            joined.push(buffer.freeze());
         }
+        rest = behind;
     }
+    joined
 }
 
 /// A new value for a range of the old text; an empty range inserts.
@@ -72,17 +43,19 @@ pub struct Edit {
     pub with: Vec<Bytes>,
 }
 
-/// Appends `source` to `out` with `edits` made, which must not overlap (in any order).
-pub fn splice(out: &mut Rope, source: &Bytes, mut edits: Vec<Edit>) {
+/// The part `range` of `source` with `edits` made, which must lie in it and not overlap (in any order).
+pub fn splice(source: &Bytes, range: Range<usize>, mut edits: Vec<Edit>) -> Vec<Bytes> {
     edits.sort_by_key(|edit| (edit.at.start, edit.at.end));
-    let mut from = 0;
-    for edit in &edits {
+    let mut pieces = Vec::with_capacity(edits.len() * 4 + 1);
+    let mut from = range.start;
+    for edit in edits {
         debug_assert!(edit.at.start >= from, "edits overlap");
-        out.push(&source.slice(from..edit.at.start));
-        edit.with.iter().for_each(|piece| out.push(piece));
+        pieces.push(source.slice(from..edit.at.start));
+        pieces.extend(edit.with);
         from = edit.at.end;
     }
-    out.push(&source.slice(from..));
+    pieces.push(source.slice(from..range.end));
+    pieces
 }
 
 /// Edits that set members of one object.
@@ -173,11 +146,7 @@ mod tests {
                 members.set(written, &found, vec![Bytes::from(new)]);
                 value[name] = parsed;
             }
-            let mut rope = Rope::default();
-            splice(&mut rope, &text, members.into_edits());
-            let len = rope.len();
-            let joined = rope.into_pieces().concat();
-            assert_eq!(joined.len(), len);
+            let joined = join(splice(&text, 0..text.len(), members.into_edits())).concat();
             let read: serde_json::Value = serde_json::from_slice(&joined).unwrap_or_else(|error| {
                 panic!("{error}: {}", String::from_utf8_lossy(&joined));
             });
@@ -191,20 +160,15 @@ mod tests {
         let (found, empty) = places(&text, "n");
         let mut members = Members::of(0, empty);
         members.set("\"n\":", &found, vec![Bytes::from_static(b"9")]);
-        let mut rope = Rope::default();
-        splice(&mut rope, &text, members.into_edits());
-        assert_eq!(rope.into_pieces().concat(), br#"{"n":9,"x":2,"n":9}"#);
+        let edited = splice(&text, 0..text.len(), members.into_edits()).concat();
+        assert_eq!(edited, br#"{"n":9,"x":2,"n":9}"#);
     }
 
     #[test]
     fn small_pieces_are_joined_and_big_ones_are_not_copied() {
         let big = Bytes::from(vec![b'x'; JOIN_BELOW]);
-        let mut rope = Rope::default();
-        rope.push(&Bytes::from_static(b"a"));
-        rope.push(&Bytes::from_static(b"b"));
-        rope.push(&big);
-        rope.push(&Bytes::from_static(b"c"));
-        let pieces = rope.into_pieces();
+        let small = |text: &'static str| Bytes::from_static(text.as_bytes());
+        let pieces = join(vec![small("a"), small(""), small("b"), big.clone(), small("c"), small("")]);
         assert_eq!(pieces.iter().map(Bytes::len).collect::<Vec<_>>(), [2, JOIN_BELOW, 1]);
         assert_eq!(pieces[1].as_ptr(), big.as_ptr());
     }

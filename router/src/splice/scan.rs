@@ -53,6 +53,11 @@ impl<'a> Cursor<'a> {
         &self.text[range.clone()]
     }
 
+    /// Where it stands.
+    pub fn offset(&self) -> usize {
+        self.at
+    }
+
     /// The next byte that is not white space, not consumed.
     pub fn peek(&mut self) -> Result<u8, ScanError> {
         while let Some(byte) = self.text.get(self.at) {
