@@ -18,6 +18,7 @@
 
 pub mod client;
 pub mod config;
+pub mod dialect;
 pub mod health;
 pub mod policy;
 pub mod splice;

@@ -44,8 +44,14 @@ pub fn events(answer: &ContextAnswer, api: Api, usage: bool) -> Bytes {
     let mut out = BytesMut::with_capacity(1024);
     let mut event = |rest: &[&[u8]]| {
         let head: [&[u8]; 8] = [
-            b"data: {\"id\":", &id, b",\"object\":\"", object, b"\",\"created\":", &created,
-            b",\"model\":", &model,
+            b"data: {\"id\":",
+            &id,
+            b",\"object\":\"",
+            object,
+            b"\",\"created\":",
+            &created,
+            b",\"model\":",
+            &model,
         ];
         head.iter().chain(rest).for_each(|part| out.extend_from_slice(part));
         out.extend_from_slice(b"}\n\n");
@@ -58,9 +64,7 @@ pub fn events(answer: &ContextAnswer, api: Api, usage: bool) -> Bytes {
             let text = get(&found.text, b"\"\"");
             const CHOICE: &[u8] = b",\"choices\":[{\"index\":0,\"text\":";
             if text.as_ref() != b"\"\"" || found.logprobs.is_some() {
-                event(&[
-                    CHOICE, &text, b",\"logprobs\":", &logprobs, b",\"finish_reason\":null}]",
-                ]);
+                event(&[CHOICE, &text, b",\"logprobs\":", &logprobs, b",\"finish_reason\":null}]"]);
             }
             event(&[&[CHOICE, b"\"\",\"logprobs\":null"], &end[..]].concat());
         }
@@ -71,7 +75,11 @@ pub fn events(answer: &ContextAnswer, api: Api, usage: bool) -> Bytes {
             let delta = delta(answer);
             if !delta.is_empty() || found.logprobs.is_some() {
                 event(&[
-                    CHOICE, b"{", &delta, b"},\"logprobs\":", &logprobs,
+                    CHOICE,
+                    b"{",
+                    &delta,
+                    b"},\"logprobs\":",
+                    &logprobs,
                     b",\"finish_reason\":null}]",
                 ]);
             }
@@ -191,8 +199,7 @@ mod tests {
             body["choices"] = json!([{"disaggregated_params": {}, "finish_reason": "stop"}]);
             body
         }] {
-            let got: Value =
-                serde_json::from_slice(&whole(&answer(&body)).concat()).unwrap();
+            let got: Value = serde_json::from_slice(&whole(&answer(&body)).concat()).unwrap();
             let mut expected = body;
             let members = expected.as_object_mut().unwrap();
             members.remove("prompt_token_ids");

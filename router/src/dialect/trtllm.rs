@@ -113,7 +113,11 @@ impl ClientRequest {
         let places = &self.places;
         members.set(DISAGGREGATED_PARAMS, &places.disaggregated_params, vec![params.into()]);
         members.set("\"stream\":", &places.stream, vec![Bytes::from_static(b"false")]);
-        members.set("\"stream_options\":", &places.stream_options, vec![Bytes::from_static(b"null")]);
+        members.set(
+            "\"stream_options\":",
+            &places.stream_options,
+            vec![Bytes::from_static(b"null")],
+        );
         join(splice(&self.body, 0..self.body.len(), members.into_edits()))
     }
 

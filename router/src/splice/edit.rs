@@ -168,7 +168,8 @@ mod tests {
     fn small_pieces_are_joined_and_big_ones_are_not_copied() {
         let big = Bytes::from(vec![b'x'; JOIN_BELOW]);
         let small = |text: &'static str| Bytes::from_static(text.as_bytes());
-        let pieces = join(vec![small("a"), small(""), small("b"), big.clone(), small("c"), small("")]);
+        let pieces =
+            join(vec![small("a"), small(""), small("b"), big.clone(), small("c"), small("")]);
         assert_eq!(pieces.iter().map(Bytes::len).collect::<Vec<_>>(), [2, JOIN_BELOW, 1]);
         assert_eq!(pieces[1].as_ptr(), big.as_ptr());
     }

@@ -43,7 +43,8 @@ fn parse(answer: &Value) -> ContextAnswer {
 
 #[test]
 fn a_context_request_changes_three_members_and_nothing_else() {
-    let body = r#" {"model":"M", "prompt":"a\"b\\","max_tokens":16,"x":{"stream":true},"temperature":0} "#;
+    let body =
+        r#" {"model":"M", "prompt":"a\"b\\","max_tokens":16,"x":{"stream":true},"temperature":0} "#;
     let request = client(Api::Completions, body);
     let text = request.context(ID).concat();
     let tail = &body[body.find("\"model\"").unwrap()..];
@@ -82,7 +83,8 @@ fn an_empty_object_becomes_a_request_too() {
 
 #[test]
 fn a_generation_completion_has_ids_for_a_prompt_and_the_choices_params() {
-    let request = client(Api::Completions, r#"{"prompt":"NVIDIA is","max_tokens":16,"stream":true}"#);
+    let request =
+        client(Api::Completions, r#"{"prompt":"NVIDIA is","max_tokens":16,"stream":true}"#);
     let generation = read(request.generation(&parse(&context_answer(&params()))));
     let mut expected = params();
     expected["request_type"] = json!("generation_only");
@@ -140,7 +142,8 @@ fn the_id_of_the_answer_wins_and_a_missing_one_is_ours() {
     let generation = read(client(Api::Completions, "{}").generation(&answer));
     assert_eq!(generation["disaggregated_params"]["disagg_request_id"], json!(ID.0));
     params.as_object_mut().unwrap().remove("disagg_request_id");
-    let generation = read(client(Api::Completions, "{}").generation(&parse(&context_answer(&params))));
+    let generation =
+        read(client(Api::Completions, "{}").generation(&parse(&context_answer(&params))));
     assert_eq!(generation["disaggregated_params"]["disagg_request_id"], json!(ID.0));
 }
 
@@ -153,7 +156,9 @@ fn what_is_signed_is_the_state_and_the_first_endpoint() {
 
 #[test]
 fn only_length_and_not_finished_go_on() {
-    for (reason, finished) in [("length", false), ("not_finished", false), ("stop", true), ("tool_calls", true)] {
+    for (reason, finished) in
+        [("length", false), ("not_finished", false), ("stop", true), ("tool_calls", true)]
+    {
         let mut answer = context_answer(&params());
         answer["choices"][0]["finish_reason"] = json!(reason);
         assert_eq!(parse(&answer).is_finished(), finished, "{reason}");
