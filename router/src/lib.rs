@@ -20,6 +20,8 @@ pub mod client;
 pub mod config;
 pub mod dialect;
 pub mod health;
+pub mod limits;
+pub mod metrics;
 pub mod policy;
 pub mod splice;
 pub mod table;

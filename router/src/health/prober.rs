@@ -106,7 +106,7 @@ impl Visit {
         let timeout = self.rules.probe_timeout.0;
         if let (true, Endpoint::Tcp(at)) = (self.resolve, &worker.endpoint) {
             match resolve(&at.host, at.port, timeout).await {
-                Ok(addresses) => worker.set_addresses(addresses),
+                Ok(addresses) => worker.set_resolved(&addresses),
                 // Known addresses stay in use: a name server that is away must not take workers with it.
                 Err(error) => {
                     tracing::debug!(worker = worker.id.as_str(), %error, "name not resolved");
@@ -178,7 +178,7 @@ mod tests {
     use tokio::net::TcpListener;
 
     fn reply(status: u16, body: &str) -> Reply {
-        Reply { status, body: body.as_bytes().to_vec() }
+        Reply { status, body: body.as_bytes().to_vec().into() }
     }
 
     #[test]

@@ -13,6 +13,7 @@ use baton_shared::config::net::Endpoint;
 use baton_shared::id::WorkerId;
 use baton_shared::role::Role;
 
+use crate::client::{Address, Heads};
 use crate::health::Health;
 
 /// Which protocol a worker speaks.
@@ -49,6 +50,8 @@ pub struct Worker {
     pub endpoint: Endpoint,
     /// What goes into the `Host` header.
     pub authority: String,
+    /// Request heads, rendered once.
+    pub heads: Heads,
     /// Which lists it is in.
     pub role: Role,
     /// Share of the work, at least 1.
@@ -58,7 +61,7 @@ pub struct Worker {
     /// What `Health` decided.
     pub health: Health,
     dialect: AtomicU8,
-    addresses: ArcSwap<Vec<SocketAddr>>,
+    addresses: ArcSwap<Vec<Address>>,
     load: Arc<Load>,
 }
 
@@ -104,10 +107,11 @@ impl Worker {
     pub fn new(spec: WorkerSpec, slot: usize) -> Self {
         let WorkerSpec { id, endpoint, role, weight, dialect } = spec;
         let addresses = match &endpoint {
-            Endpoint::Tcp(at) => {
-                at.host.parse().map(|ip| vec![SocketAddr::new(ip, at.port)]).unwrap_or_default()
-            }
-            Endpoint::Unix(_) => Vec::new(),
+            Endpoint::Tcp(at) => match at.host.parse() {
+                Ok(ip) => vec![Address::Tcp(SocketAddr::new(ip, at.port))],
+                Err(_) => Vec::new(),
+            },
+            Endpoint::Unix(path) => vec![Address::Unix(path.as_path().into())],
         };
         let authority = match &endpoint {
             Endpoint::Tcp(at) => at.to_string(),
@@ -117,6 +121,7 @@ impl Worker {
             id,
             slot,
             endpoint,
+            heads: Heads::new(&authority),
             authority,
             role,
             weight: weight.max(1),
@@ -161,13 +166,14 @@ impl Worker {
         }
     }
 
-    /// Resolved addresses, to be tried in order; empty for a Unix socket or before the first resolution.
-    pub fn addresses(&self) -> Guard<Arc<Vec<SocketAddr>>> {
+    /// Where to connect, to be tried in order; empty before a name was resolved.
+    pub fn addresses(&self) -> Guard<Arc<Vec<Address>>> {
         self.addresses.load()
     }
 
-    /// Replaces the resolved addresses.
-    pub fn set_addresses(&self, addresses: Vec<SocketAddr>) {
+    /// Replaces the addresses by what the name has now.
+    pub fn set_resolved(&self, addresses: &[SocketAddr]) {
+        let addresses: Vec<_> = addresses.iter().copied().map(Address::Tcp).collect();
         if **self.addresses.load() != addresses {
             self.addresses.store(Arc::new(addresses));
         }
