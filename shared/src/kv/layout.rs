@@ -340,6 +340,7 @@ fn count(range: &Range<u32>) -> u32 {
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "a list of one run of blocks")]
 mod tests {
     use super::*;
 

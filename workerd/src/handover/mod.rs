@@ -28,6 +28,12 @@ pub struct PeerAddress {
     pub metadata: Vec<u8>,
 }
 
+impl std::fmt::Debug for PeerAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PeerAddress").field("agent", &self.agent).finish_non_exhaustive()
+    }
+}
+
 /// A connected peer, of one transport.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PeerId(pub u32);

@@ -1,1 +1,401 @@
-//! (being written)
+//! The one thread that talks to a transport. It owns two agents: `serve`, whose address we hand out and whose
+//! notifications end leases, and `move`, which posts our reads; so a long post never keeps a peer waiting.
+//!
+//! [`MoverHandle`] is the way in (it never blocks), a sink of [`MoverEvent`]s the way out. What a pull does when is
+//! decided in [`pulls`], apart from threads and clocks. Of every accepted pull the sink hears `Pulled` or
+//! `PullFailed` once, and `Settled` once if it failed unsettled, whatever happens to transports or to this thread.
+
+mod pulls;
+
+use std::collections::HashSet;
+use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use baton_shared::id::{Incarnation, LeaseId};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+
+use super::{MoverEvent, PeerAddress, PullId, PullJob, Transport, TransportError};
+use crate::kv::region::Region;
+use pulls::Pulls;
+
+/// Makes a transport on the mover thread.
+pub type OpenTransport = Box<dyn FnOnce() -> Result<Box<dyn Transport>, TransportError> + Send>;
+
+/// Hears what happened; called on the mover thread, must not wait for it.
+pub type Sink = Box<dyn Fn(MoverEvent) + Send>;
+
+/// What the two agents register.
+#[derive(Clone, Debug)]
+pub struct MoverRegions {
+    /// The KV pool: peers read it, our reads are written to it.
+    pub pool: Region,
+    /// The lease epochs: peers read them.
+    pub epochs: Region,
+}
+
+/// Limits and patience.
+#[derive(Clone, Copy, Debug)]
+pub struct MoverSettings {
+    /// Most bytes of one request.
+    pub max_request: u64,
+    /// Most requests in flight towards one peer.
+    pub window: usize,
+    /// Most pulls under way or waiting; more are handed back to the caller.
+    pub max_pulls: usize,
+    /// How long an abandoned pull's requests may go on before the `move` agent is rebuilt.
+    pub settle_timeout: Duration,
+    /// How long healthy requests may take to end before a rebuild ends them (they are posted again).
+    pub rebuild_pause: Duration,
+    /// How often notifications are looked for when nothing moves.
+    pub idle_poll: Duration,
+    /// How long the agents may take to come up, and the thread to end.
+    pub start_stop_timeout: Duration,
+}
+
+impl Default for MoverSettings {
+    fn default() -> Self {
+        Self {
+            max_request: super::pull::MAX_DESCRIPTOR,
+            window: 3,
+            max_pulls: 1024,
+            settle_timeout: Duration::from_secs(30),
+            rebuild_pause: Duration::from_secs(1),
+            idle_poll: Duration::from_millis(5),
+            start_stop_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Why there is no mover.
+#[derive(Debug, thiserror::Error)]
+pub enum MoverError {
+    /// A transport did not come up.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// No thread or memory.
+    #[error("cannot start the mover thread: {0}")]
+    System(#[from] std::io::Error),
+    /// The agents took too long.
+    #[error("the hand-over transport did not come up within {0:?}")]
+    Timeout(Duration),
+}
+
+enum Command {
+    Pull(Box<PullJob>),
+    Cancel(PullId),
+    Stop,
+}
+
+/// What handle and thread share.
+#[derive(Debug)]
+struct Shared {
+    /// Held while a pull is sent, so that none slips in behind the last look into the channel.
+    accepting: Mutex<bool>,
+    /// Pulls accepted and not ended yet, settling included.
+    unfinished: AtomicUsize,
+    rebuilds: AtomicU64,
+    connected: Mutex<HashSet<Incarnation>>,
+}
+
+impl Shared {
+    fn new() -> Self {
+        Self {
+            accepting: Mutex::new(true),
+            unfinished: AtomicUsize::new(0),
+            rebuilds: AtomicU64::new(0),
+            connected: Mutex::new(HashSet::new()),
+        }
+    }
+}
+
+/// Neither lock guards anything that a panic could leave half done.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The way to the mover thread. Cloning shares it; no call waits for the thread but [`Self::shutdown`].
+#[derive(Clone, Debug)]
+pub struct MoverHandle {
+    commands: Sender<Command>,
+    ended: Receiver<()>,
+    shared: Arc<Shared>,
+    settings: MoverSettings,
+}
+
+/// Starts movers.
+#[derive(Debug)]
+pub struct Mover;
+
+impl Mover {
+    /// Opens both transports on a new thread and registers memory; the address is the `serve` agent's.
+    ///
+    /// # Errors
+    /// [`MoverError`]; nothing is left running, unless the transport itself never returned.
+    pub fn start(
+        serve: OpenTransport,
+        move_: OpenTransport,
+        regions: MoverRegions,
+        sink: Sink,
+        settings: MoverSettings,
+    ) -> Result<(MoverHandle, PeerAddress), MoverError> {
+        let (commands, inbox) = crossbeam_channel::unbounded();
+        let (ready_to, ready) = crossbeam_channel::bounded(1);
+        let (ended_to, ended) = crossbeam_channel::bounded(0);
+        let shared = Arc::new(Shared::new());
+        let theirs = shared.clone();
+        let body = move || {
+            // Dropped when the thread ends, however it ends: that is what `shutdown` waits for.
+            let _ended_to = ended_to;
+            match open(serve, move_, &regions, settings) {
+                Err(error) => {
+                    // A caller that stopped waiting has its own error.
+                    ready_to.send(Err(error)).ok();
+                }
+                Ok((serve, pulls, address)) => {
+                    if ready_to.send(Ok(address)).is_ok() {
+                        Thread { pulls, serve, inbox, sink, shared: theirs, settings }.live();
+                    }
+                }
+            }
+        };
+        std::thread::Builder::new().name("mover".to_owned()).spawn(body)?;
+        match ready.recv_timeout(settings.start_stop_timeout) {
+            Ok(Ok(address)) => Ok((MoverHandle { commands, ended, shared, settings }, address)),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(MoverError::Timeout(settings.start_stop_timeout)),
+        }
+    }
+}
+
+impl MoverHandle {
+    /// Accepts a pull.
+    ///
+    /// # Errors
+    /// The job itself, when [`MoverSettings::max_pulls`] are under way or the mover has ended.
+    pub fn pull(&self, job: PullJob) -> Result<(), PullJob> {
+        let accepting = lock(&self.shared.accepting);
+        let unfinished = &self.shared.unfinished;
+        if !*accepting || unfinished.load(Ordering::Relaxed) >= self.settings.max_pulls {
+            return Err(job);
+        }
+        unfinished.fetch_add(1, Ordering::Relaxed);
+        let sent = self.commands.send(Command::Pull(Box::new(job)));
+        sent.expect("the thread closes the door before it drops its end");
+        Ok(())
+    }
+
+    /// Ends a pull whose answer nobody wants: no notification, `PullFailed` with code `ClientGone`. One that has
+    /// ended already is left as it is.
+    pub fn cancel(&self, id: PullId) {
+        // A mover that has ended has reported every pull.
+        self.commands.send(Command::Cancel(id)).ok();
+    }
+
+    /// Whether every agent of this incarnation is connected: then its metadata need not be confirmed again.
+    pub fn is_connected(&self, incarnation: &Incarnation) -> bool {
+        lock(&self.shared.connected).contains(incarnation)
+    }
+
+    /// How often the `move` agent was rebuilt.
+    pub fn rebuilds(&self) -> u64 {
+        self.shared.rebuilds.load(Ordering::Relaxed)
+    }
+
+    /// Pulls under way, those that are settling included.
+    pub fn unfinished(&self) -> usize {
+        self.shared.unfinished.load(Ordering::Relaxed)
+    }
+
+    /// Ends the thread and both agents; what was under way is reported as failed and settled. Waits at most
+    /// [`MoverSettings::start_stop_timeout`]; false = it has not ended by then.
+    pub fn shutdown(&self) -> bool {
+        // One that has ended needs no telling.
+        self.commands.send(Command::Stop).ok();
+        let waited = self.ended.recv_timeout(self.settings.start_stop_timeout);
+        matches!(waited, Err(RecvTimeoutError::Disconnected))
+    }
+}
+
+type Opened = (Box<dyn Transport>, Pulls, PeerAddress);
+
+/// Pool before address, and memory that outlives both agents.
+fn open(
+    serve: OpenTransport,
+    move_: OpenTransport,
+    regions: &MoverRegions,
+    settings: MoverSettings,
+) -> Result<Opened, MoverError> {
+    let mut serve = serve()?;
+    serve.register(&regions.pool)?;
+    serve.register(&regions.epochs)?;
+    let address = serve.address()?;
+    let mut move_ = move_()?;
+    move_.register(&regions.pool)?;
+    Ok((serve, Pulls::new(move_, settings)?, address))
+}
+
+/// State of the thread.
+struct Thread {
+    pulls: Pulls,
+    serve: Box<dyn Transport>,
+    inbox: Receiver<Command>,
+    sink: Sink,
+    shared: Arc<Shared>,
+    settings: MoverSettings,
+}
+
+impl Thread {
+    /// How often notifications are looked for while blocks move.
+    const BUSY_POLL: Duration = Duration::from_millis(1);
+
+    /// Runs until told to stop or until all handles are gone, then reports what is left.
+    fn live(mut self) {
+        if catch_unwind(AssertUnwindSafe(|| self.run())).is_err() {
+            tracing::error!("the mover thread panicked: no further pull is possible");
+        }
+        *lock(&self.shared.accepting) = false;
+        let Self { pulls, serve, inbox, sink, shared, .. } = self;
+        let waiting = inbox.try_iter().filter_map(|command| match command {
+            Command::Pull(job) => Some(job.id),
+            Command::Cancel(_) | Command::Stop => None,
+        });
+        let events = pulls.end(waiting);
+        lock(&shared.connected).clear();
+        drop(serve);
+        deliver(&shared, &sink, events);
+    }
+
+    fn run(&mut self) {
+        let mut waits = Waits::new(Instant::now());
+        let mut listened = None;
+        let mut mute = false;
+        loop {
+            let now = Instant::now();
+            if listened.is_none_or(|at| now.duration_since(at) >= Self::BUSY_POLL) {
+                mute = self.listen(mute);
+                listened = Some(now);
+            }
+            let progress = self.pulls.step(now) | self.publish();
+            let patience = if self.pulls.is_idle() {
+                waits = Waits::new(now);
+                self.settings.idle_poll
+            } else {
+                waits.next(now, progress)
+            };
+            let mut command = match self.inbox.recv_timeout(patience) {
+                Ok(command) => Some(command),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            while let Some(next) = command.take() {
+                if self.obey(next).is_break() {
+                    return;
+                }
+                command = self.inbox.try_recv().ok();
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) -> ControlFlow<()> {
+        let now = Instant::now();
+        match command {
+            Command::Pull(job) => self.pulls.accept(*job, now),
+            Command::Cancel(id) => self.pulls.cancel(id, now),
+            Command::Stop => return ControlFlow::Break(()),
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Passes on leases that were read; says once when the agent stops working. Returns whether it does not work.
+    fn listen(&mut self, mute: bool) -> bool {
+        let mut messages = Vec::new();
+        if let Err(error) = self.serve.notifications(&mut messages) {
+            if !mute {
+                tracing::error!(%error, "no notifications arrive any more, leases end by time only");
+            }
+            return true;
+        }
+        for lease in messages.iter().filter_map(|(_, message)| read_notice(message)) {
+            (self.sink)(MoverEvent::LeaseRead(lease));
+        }
+        false
+    }
+
+    /// Hands events out and keeps the shared figures; whether there were any.
+    fn publish(&mut self) -> bool {
+        self.shared.rebuilds.store(self.pulls.rebuilds(), Ordering::Relaxed);
+        if let Some(connected) = self.pulls.connected_if_changed() {
+            *lock(&self.shared.connected) = connected;
+        }
+        let events = self.pulls.take_events();
+        let any = !events.is_empty();
+        deliver(&self.shared, &self.sink, events);
+        any
+    }
+}
+
+fn deliver(shared: &Shared, sink: &Sink, events: Vec<MoverEvent>) {
+    for event in events {
+        let ended = match event {
+            MoverEvent::Pulled { .. } | MoverEvent::Settled { .. } => true,
+            MoverEvent::PullFailed { settled, .. } => settled,
+            MoverEvent::LeaseRead(_) => false,
+        };
+        if ended {
+            shared.unfinished.fetch_sub(1, Ordering::Relaxed);
+        }
+        sink(event);
+    }
+}
+
+/// How long to wait for a command between two polls: not at all for 30 us after something moved (spinning longer
+/// takes the core from the side that copies), then 10 us, doubling to 200 us.
+struct Waits {
+    moved: Instant,
+    next: Duration,
+}
+
+impl Waits {
+    const SPIN: Duration = Duration::from_micros(30);
+    const FIRST: Duration = Duration::from_micros(10);
+    const LAST: Duration = Duration::from_micros(200);
+
+    fn new(now: Instant) -> Self {
+        Self { moved: now, next: Self::FIRST }
+    }
+
+    fn next(&mut self, now: Instant, progress: bool) -> Duration {
+        if progress {
+            *self = Self::new(now);
+        }
+        if now.duration_since(self.moved) < Self::SPIN {
+            return Duration::ZERO;
+        }
+        let wait = self.next;
+        self.next = (wait * 2).min(Self::LAST);
+        wait
+    }
+}
+
+/// First byte of a notification.
+const NOTICE_VERSION: u8 = 1;
+
+/// What a reader sends when it has read a lease: a version and the lease's id.
+fn write_notice(lease: LeaseId) -> [u8; 17] {
+    let mut message = [NOTICE_VERSION; 17];
+    message[1..].copy_from_slice(&lease.0);
+    message
+}
+
+/// The lease of a notification; whatever else arrives is nobody's.
+fn read_notice(message: &[u8]) -> Option<LeaseId> {
+    let (&version, lease) = message.split_first()?;
+    let lease = lease.try_into().ok().filter(|_| version == NOTICE_VERSION)?;
+    Some(LeaseId(lease))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,571 @@
+//! What pulls do when: one step at a time, over any transport, with time as an argument.
+//!
+//! A pull reads its blocks (requests of bounded size, a bounded number in flight towards a peer), then its lease's
+//! epoch by a further request, and is done when the epoch is still what the record says. Nothing that is in flight is
+//! ever dropped: a pull that fails or is abandoned keeps its requests until the transport says they ended, or until
+//! the transport was rebuilt.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::time::Instant;
+
+use baton_shared::id::{Incarnation, LeaseId, WorkerId};
+use baton_shared::kv::layout::CopyRun;
+use baton_shared::kv::record::RankBlocks;
+use baton_shared::wire::error::ErrorCode;
+
+use super::super::{
+    MoverEvent, Op, PeerAddress, PeerId, PullId, PullJob, TransferId, TransferState, Transport,
+    TransportError,
+};
+use super::{MoverError, MoverSettings, write_notice};
+use crate::kv::region::Region;
+
+/// Epoch words that can be on their way at once.
+const LANDING_SLOTS: usize = 512;
+
+/// All pulls of one `move` agent.
+pub(super) struct Pulls {
+    /// In order of arrival. Before `landing`: the agent goes before the memory.
+    pulls: Vec<Pull>,
+    transport: Box<dyn Transport>,
+    landing: Region,
+    free_slots: Vec<usize>,
+    peers: HashMap<PeerId, Peer>,
+    /// While set, nothing is posted: a rebuild waits for healthy requests until then.
+    pause_until: Option<Instant>,
+    rebuilds: u64,
+    connected_changed: bool,
+    events: Vec<MoverEvent>,
+    settings: MoverSettings,
+}
+
+struct Peer {
+    agent: String,
+    incarnation: Incarnation,
+    in_flight: usize,
+    /// An abandoned pull's request towards it has not ended: no new pull.
+    suspect: bool,
+    /// A request failed: it is forgotten as soon as none is in flight.
+    broken: bool,
+    /// Its first large request was timed.
+    timed: bool,
+}
+
+struct Pull {
+    id: PullId,
+    worker: WorkerId,
+    incarnation: Incarnation,
+    lease: LeaseId,
+    deadline: Instant,
+    arrived: Instant,
+    parts: Vec<Part>,
+    stage: Stage,
+    bytes: u64,
+    descriptors: u64,
+}
+
+/// One rank's share of a pull.
+struct Part {
+    address: PeerAddress,
+    peer: PeerId,
+    epoch_address: u64,
+    epoch: u64,
+    slot: Option<usize>,
+    waiting: VecDeque<Vec<CopyRun>>,
+    running: Vec<Request>,
+}
+
+struct Request {
+    id: TransferId,
+    runs: Vec<CopyRun>,
+    posted: Instant,
+    polled: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Blocks,
+    Epoch,
+    /// Its failure was reported; requests are still in flight.
+    Settling {
+        since: Instant,
+    },
+    Over,
+}
+
+/// Why a pull ends without its blocks.
+struct Failure {
+    code: ErrorCode,
+    message: String,
+}
+
+impl Pulls {
+    pub fn new(
+        mut transport: Box<dyn Transport>,
+        settings: MoverSettings,
+    ) -> Result<Self, MoverError> {
+        let landing = Region::host(LANDING_SLOTS * 8)?;
+        transport.register(&landing)?;
+        Ok(Self {
+            pulls: Vec::new(),
+            transport,
+            landing,
+            free_slots: (0..LANDING_SLOTS).rev().collect(),
+            peers: HashMap::new(),
+            pause_until: None,
+            rebuilds: 0,
+            connected_changed: false,
+            events: Vec::new(),
+            settings,
+        })
+    }
+
+    pub fn is_idle(&self) -> bool {
+        self.pulls.is_empty()
+    }
+
+    pub fn rebuilds(&self) -> u64 {
+        self.rebuilds
+    }
+
+    pub fn take_events(&mut self) -> Vec<MoverEvent> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// Incarnations that can be read from without connecting, if that changed since the last call.
+    pub fn connected_if_changed(&mut self) -> Option<HashSet<Incarnation>> {
+        std::mem::take(&mut self.connected_changed)
+            .then(|| self.peers.values().map(|peer| peer.incarnation).collect())
+    }
+
+    pub fn accept(&mut self, job: PullJob, now: Instant) {
+        let mut pull = Pull {
+            id: job.id,
+            worker: job.worker,
+            incarnation: job.incarnation,
+            lease: job.lease,
+            deadline: job.deadline,
+            arrived: now,
+            parts: Vec::with_capacity(job.ranks.len()),
+            stage: Stage::Blocks,
+            bytes: 0,
+            descriptors: 0,
+        };
+        for (rank, runs) in job.ranks {
+            pull.bytes += runs.iter().map(|run| run.len).sum::<u64>();
+            pull.descriptors += runs.len() as u64;
+            match self.connect(&pull, rank, runs) {
+                Ok(part) => pull.parts.push(part),
+                Err(failure) => return self.fail(pull, failure, now),
+            }
+        }
+        self.pulls.push(pull);
+    }
+
+    pub fn cancel(&mut self, id: PullId, now: Instant) {
+        let found = self.pulls.iter().position(|pull| pull.id == id && pull.is_live());
+        if let Some(index) = found {
+            let pull = self.pulls.remove(index);
+            let message = "the request was cancelled".to_owned();
+            self.fail(pull, Failure { code: ErrorCode::ClientGone, message }, now);
+        }
+    }
+
+    /// Does what can be done now; whether anything moved.
+    pub fn step(&mut self, now: Instant) -> bool {
+        let mut progress = false;
+        for mut pull in std::mem::take(&mut self.pulls) {
+            progress |= self.advance(&mut pull, now);
+            if pull.stage != Stage::Over {
+                self.pulls.push(pull);
+            }
+        }
+        self.forget_the_broken();
+        progress | self.rebuild_if_due(now)
+    }
+
+    /// Ends the agent, and with it whatever was in flight; then reports every pull, those of `waiting` too, which
+    /// were sent and never accepted.
+    pub fn end(self, waiting: impl Iterator<Item = PullId>) -> Vec<MoverEvent> {
+        let Self { pulls, transport, landing, mut events, .. } = self;
+        drop(transport);
+        drop(landing);
+        let failed = |id| MoverEvent::PullFailed {
+            id,
+            code: ErrorCode::KvPeerUnreachable,
+            message: "this worker stops moving blocks".to_owned(),
+            settled: true,
+        };
+        events.extend(pulls.into_iter().map(|pull| match pull.stage {
+            Stage::Settling { .. } => MoverEvent::Settled { id: pull.id },
+            Stage::Blocks | Stage::Epoch | Stage::Over => failed(pull.id),
+        }));
+        events.extend(waiting.map(failed));
+        events
+    }
+
+    fn connect(
+        &mut self,
+        pull: &Pull,
+        rank: RankBlocks,
+        runs: Vec<CopyRun>,
+    ) -> Result<Part, Failure> {
+        let address = PeerAddress { agent: rank.agent, metadata: rank.metadata };
+        let known = self.peers.values().find(|peer| peer.agent == address.agent);
+        if known.is_some_and(|peer| peer.suspect || peer.broken) {
+            return Err(pull.unreachable("an earlier transfer from it has not ended"));
+        }
+        let peer = self.open_peer(&address, pull.incarnation)?;
+        Ok(Part {
+            address,
+            peer,
+            epoch_address: rank.epoch_address,
+            epoch: rank.epoch,
+            slot: None,
+            waiting: requests(runs, self.settings.max_request),
+            running: Vec::new(),
+        })
+    }
+
+    fn open_peer(
+        &mut self,
+        address: &PeerAddress,
+        incarnation: Incarnation,
+    ) -> Result<PeerId, Failure> {
+        let id = self.transport.connect(address).map_err(|error| Failure {
+            code: ErrorCode::KvPeerUnreachable,
+            message: error.to_string(),
+        })?;
+        self.peers.entry(id).or_insert_with(|| {
+            self.connected_changed = true;
+            let agent = address.agent.clone();
+            Peer { agent, incarnation, in_flight: 0, suspect: false, broken: false, timed: false }
+        });
+        Ok(id)
+    }
+
+    fn advance(&mut self, pull: &mut Pull, now: Instant) -> bool {
+        let (mut progress, failed) = self.collect(pull, now);
+        if let Stage::Settling { .. } = pull.stage {
+            if pull.in_flight() == 0 {
+                self.settle(pull);
+            }
+            return progress;
+        }
+        if let Some(reason) = failed {
+            let failure = pull.unreachable(&reason);
+            self.give_up(pull, failure, now);
+            return true;
+        }
+        if now >= pull.deadline {
+            self.abandon(pull, now);
+            return true;
+        }
+        if pull.has_read_all() {
+            progress |= match pull.stage {
+                Stage::Blocks => self.ask_epochs(pull),
+                Stage::Epoch => {
+                    self.conclude(pull, now);
+                    return true;
+                }
+                Stage::Settling { .. } | Stage::Over => false,
+            };
+        }
+        if self.pause_until.is_none() {
+            match self.post(pull, now) {
+                Ok(posted) => progress |= posted,
+                Err(failure) => self.give_up(pull, failure, now),
+            }
+        }
+        progress
+    }
+
+    /// Takes ended requests out; whether there were any, and why one failed.
+    fn collect(&mut self, pull: &mut Pull, now: Instant) -> (bool, Option<String>) {
+        let (mut progress, mut failed) = (false, None);
+        for part in &mut pull.parts {
+            let Some(peer) = self.peers.get_mut(&part.peer) else { continue };
+            let mut sample = Sample::default();
+            part.running.retain_mut(|request| {
+                let first_look = !std::mem::replace(&mut request.polled, true);
+                match self.transport.poll(request.id) {
+                    TransferState::Running => return true,
+                    TransferState::Done => sample.add(request, now, first_look),
+                    TransferState::Failed(reason) => {
+                        peer.broken = true;
+                        failed = Some(reason);
+                    }
+                }
+                peer.in_flight -= 1;
+                progress = true;
+                false
+            });
+            peer.suspect &= peer.in_flight > 0;
+            peer.note_transport(&sample);
+        }
+        (progress, failed)
+    }
+
+    /// Puts the reads of the epoch words behind the blocks'; false while no landing slot is free.
+    fn ask_epochs(&mut self, pull: &mut Pull) -> bool {
+        if self.free_slots.len() < pull.parts.len() {
+            return false;
+        }
+        for part in &mut pull.parts {
+            let Some(slot) = self.free_slots.pop() else { return false };
+            // Anything but the value that is hoped for: a read that writes nothing must not pass.
+            self.landing.write(slot * 8, &(!part.epoch).to_le_bytes());
+            part.slot = Some(slot);
+            let target = self.landing.base() as u64 + slot as u64 * 8;
+            part.waiting.push_back(vec![CopyRun { source: part.epoch_address, target, len: 8 }]);
+        }
+        pull.stage = Stage::Epoch;
+        true
+    }
+
+    /// All is read: if every epoch is what it was, tell the owners and the engine.
+    fn conclude(&mut self, pull: &mut Pull, now: Instant) {
+        let whole = pull.parts.iter().all(|part| {
+            let mut word = [0; 8];
+            part.slot.is_some_and(|slot| {
+                self.landing.read(slot * 8, &mut word);
+                u64::from_le_bytes(word) == part.epoch
+            })
+        });
+        if !whole {
+            let message =
+                format!("the lease of worker `{}` ended before its blocks were read", pull.worker);
+            return self.give_up(pull, Failure { code: ErrorCode::KvLeaseGone, message }, now);
+        }
+        for part in &pull.parts {
+            // The data is good whoever hears of it; an owner that does not ends the lease by time.
+            if let Err(error) = self.transport.notify(part.peer, &write_notice(pull.lease)) {
+                tracing::warn!(worker = %pull.worker, %error, "cannot tell a worker that its lease was read");
+            }
+        }
+        self.release_slots(pull);
+        pull.stage = Stage::Over;
+        self.events.push(MoverEvent::Pulled {
+            id: pull.id,
+            bytes: pull.bytes,
+            descriptors: pull.descriptors,
+            elapsed: now.duration_since(pull.arrived),
+        });
+    }
+
+    /// Posts what the peers' windows allow; whether anything was posted.
+    fn post(&mut self, pull: &mut Pull, now: Instant) -> Result<bool, Failure> {
+        let (worker, mut progress) = (&pull.worker, false);
+        for part in &mut pull.parts {
+            let Some(peer) = self.peers.get_mut(&part.peer) else {
+                return Err(unreachable(worker, "the connection to it was lost"));
+            };
+            if peer.broken && !part.waiting.is_empty() {
+                return Err(unreachable(worker, "another transfer from it failed"));
+            }
+            while peer.in_flight < self.settings.window {
+                let Some(runs) = part.waiting.pop_front() else { break };
+                let id = self.transport.post(Op::Read, part.peer, &runs).map_err(|error| {
+                    peer.broken |= matches!(error, TransportError::Unreachable { .. });
+                    unreachable(worker, &error.to_string())
+                })?;
+                peer.in_flight += 1;
+                part.running.push(Request { id, runs, posted: now, polled: false });
+                progress = true;
+            }
+        }
+        Ok(progress)
+    }
+
+    fn abandon(&mut self, pull: &mut Pull, now: Instant) {
+        for part in pull.parts.iter().filter(|part| !part.running.is_empty()) {
+            if let Some(peer) = self.peers.get_mut(&part.peer) {
+                peer.suspect = true;
+            }
+        }
+        let message = format!(
+            "reading the blocks of worker `{}` did not end within {:?}",
+            pull.worker,
+            pull.deadline.saturating_duration_since(pull.arrived)
+        );
+        self.give_up(pull, Failure { code: ErrorCode::KvTransferTimeout, message }, now);
+    }
+
+    /// Reports a failure; what is in flight keeps the pull here until it has ended.
+    fn give_up(&mut self, pull: &mut Pull, failure: Failure, now: Instant) {
+        pull.parts.iter_mut().for_each(|part| part.waiting.clear());
+        let settled = pull.in_flight() == 0;
+        pull.stage = if settled { Stage::Over } else { Stage::Settling { since: now } };
+        if settled {
+            self.release_slots(pull);
+        }
+        let Failure { code, message } = failure;
+        self.events.push(MoverEvent::PullFailed { id: pull.id, code, message, settled });
+    }
+
+    fn fail(&mut self, mut pull: Pull, failure: Failure, now: Instant) {
+        self.give_up(&mut pull, failure, now);
+        if pull.stage != Stage::Over {
+            self.pulls.push(pull);
+        }
+    }
+
+    /// A failed pull's requests have ended.
+    fn settle(&mut self, pull: &mut Pull) {
+        self.release_slots(pull);
+        pull.stage = Stage::Over;
+        self.events.push(MoverEvent::Settled { id: pull.id });
+    }
+
+    fn release_slots(&mut self, pull: &mut Pull) {
+        self.free_slots.extend(pull.parts.iter_mut().filter_map(|part| part.slot.take()));
+    }
+
+    fn forget_the_broken(&mut self) {
+        let transport = &mut self.transport;
+        let before = self.peers.len();
+        self.peers.retain(|&id, peer| {
+            let keep = !peer.broken || peer.in_flight > 0;
+            if !keep {
+                tracing::info!(agent = peer.agent, "forgot a peer whose transfers failed");
+                transport.forget(id);
+            }
+            keep
+        });
+        self.connected_changed |= self.peers.len() != before;
+    }
+
+    /// Rebuilds the agent when a failed pull's requests do not end; healthy ones are given a moment before.
+    fn rebuild_if_due(&mut self, now: Instant) -> bool {
+        let patience = self.settings.settle_timeout;
+        let overdue = |pull: &Pull| match pull.stage {
+            Stage::Settling { since } => now >= since + patience,
+            Stage::Blocks | Stage::Epoch | Stage::Over => false,
+        };
+        if !self.pulls.iter().any(overdue) {
+            self.pause_until = None;
+            return false;
+        }
+        let until = *self.pause_until.get_or_insert(now + self.settings.rebuild_pause);
+        let healthy = self.pulls.iter().filter(|pull| pull.is_live());
+        if now < until && healthy.map(Pull::in_flight).sum::<usize>() > 0 {
+            return false;
+        }
+        self.rebuild(now);
+        true
+    }
+
+    fn rebuild(&mut self, now: Instant) {
+        let outcome = self.transport.rebuild();
+        self.rebuilds += 1;
+        self.pause_until = None;
+        self.peers.clear();
+        self.connected_changed = true;
+        tracing::warn!(pulls = self.pulls.len(), "rebuilt the moving agent: transfers did not end");
+        if let Err(error) = outcome {
+            tracing::error!(%error, "the moving agent did not come up again");
+        }
+        for mut pull in std::mem::take(&mut self.pulls) {
+            for part in &mut pull.parts {
+                let interrupted = part.running.drain(..).rev().map(|request| request.runs);
+                interrupted.for_each(|runs| part.waiting.push_front(runs));
+            }
+            if !pull.is_live() {
+                self.settle(&mut pull);
+                continue;
+            }
+            match self.reconnect(&mut pull) {
+                Ok(()) => self.pulls.push(pull),
+                Err(failure) => self.fail(pull, failure, now),
+            }
+        }
+    }
+
+    fn reconnect(&mut self, pull: &mut Pull) -> Result<(), Failure> {
+        for part in &mut pull.parts {
+            part.peer = self.open_peer(&part.address, pull.incarnation)?;
+        }
+        Ok(())
+    }
+}
+
+impl Pull {
+    fn is_live(&self) -> bool {
+        match self.stage {
+            Stage::Blocks | Stage::Epoch => true,
+            Stage::Settling { .. } | Stage::Over => false,
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.parts.iter().map(|part| part.running.len()).sum()
+    }
+
+    fn has_read_all(&self) -> bool {
+        self.parts.iter().all(|part| part.waiting.is_empty() && part.running.is_empty())
+    }
+
+    fn unreachable(&self, reason: &str) -> Failure {
+        unreachable(&self.worker, reason)
+    }
+}
+
+/// What ended together, for a figure in the log.
+#[derive(Default)]
+struct Sample {
+    bytes: u64,
+    seconds: f64,
+    at_once: bool,
+}
+
+impl Sample {
+    fn add(&mut self, request: &Request, now: Instant, at_once: bool) {
+        self.bytes += request.runs.iter().map(|run| run.len).sum::<u64>();
+        self.seconds = self.seconds.max(now.duration_since(request.posted).as_secs_f64());
+        self.at_once |= at_once;
+    }
+}
+
+impl Peer {
+    /// Says once which way a peer's bytes come, by its first MiB: a copy out of its memory is over when the post
+    /// returns, bytes from a socket are not.
+    fn note_transport(&mut self, sample: &Sample) {
+        if self.timed || sample.bytes < 1 << 20 {
+            return;
+        }
+        self.timed = true;
+        let transport = if sample.at_once { "shared memory" } else { "network" };
+        let rate = sample.bytes as f64 / sample.seconds.max(1e-6) / 1e9;
+        tracing::info!(
+            agent = self.agent,
+            transport,
+            "blocks of this peer arrive at {rate:.1} GB/s"
+        );
+        metrics::counter!("baton_worker_handover_peers_total", "transport" => transport)
+            .increment(1);
+    }
+}
+
+fn unreachable(worker: &WorkerId, reason: &str) -> Failure {
+    Failure {
+        code: ErrorCode::KvPeerUnreachable,
+        message: format!("cannot read the blocks of worker `{worker}`: {reason}"),
+    }
+}
+
+/// Descriptors gathered to requests of at most `max` bytes; a longer one stands alone.
+pub(super) fn requests(runs: Vec<CopyRun>, max: u64) -> VecDeque<Vec<CopyRun>> {
+    let mut requests: VecDeque<Vec<CopyRun>> = VecDeque::new();
+    let mut bytes = 0;
+    for run in runs {
+        match requests.back_mut() {
+            Some(last) if bytes + run.len <= max => last.push(run),
+            _ => {
+                requests.push_back(vec![run]);
+                bytes = 0;
+            }
+        }
+        bytes += run.len;
+    }
+    requests
+}
