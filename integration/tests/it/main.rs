@@ -1,1 +1,3 @@
 //! End-to-end tests of the real binaries; a module a topic.
+
+mod golden;

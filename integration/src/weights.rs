@@ -1,0 +1,158 @@
+//! Weights as f32 out of a GGUF file or a Hugging Face folder, for the oracle and for re-writing checkpoints.
+//!
+//! On purpose shares nothing with the worker's loader but the GGUF header reader: it is what that loader is
+//! checked against. Whole files are read; errors are for a person at a test's output.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use baton_shared::text::gguf::Gguf;
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensors};
+
+/// A matrix or, with one row, a vector.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Matrix {
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs.
+    pub cols: usize,
+    /// `rows * cols`, row-major.
+    pub values: Vec<f32>,
+}
+
+/// A GGUF file in memory.
+#[derive(Debug)]
+pub struct GgufFile {
+    /// Its header.
+    pub header: Gguf,
+    bytes: Vec<u8>,
+}
+
+impl Matrix {
+    /// Row `i`.
+    pub fn row(&self, i: usize) -> &[f32] {
+        &self.values[i * self.cols..(i + 1) * self.cols]
+    }
+}
+
+impl GgufFile {
+    /// Reads the whole file.
+    ///
+    /// # Errors
+    /// When it cannot be read or is no GGUF.
+    pub fn open(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+        Ok(Self { header: Gguf::parse(&bytes)?, bytes })
+    }
+
+    /// A tensor of type F32, F16, BF16, Q8_0 or Q4_1.
+    ///
+    /// # Errors
+    /// When it is missing, of another type or cut.
+    pub fn matrix(&self, name: &str) -> Result<Matrix> {
+        let info = self.header.tensors.iter().find(|t| t.name == name);
+        let info = info.with_context(|| format!("no tensor `{name}`"))?;
+        let cols = info.dims[0] as usize;
+        let rows = info.dims[1..].iter().product::<u64>() as usize;
+        let n = rows * cols;
+        let (len, read): (usize, fn(&[u8]) -> Vec<f32>) = match info.kind {
+            0 => (n * 4, f32s),
+            1 => (n * 2, f16s),
+            3 => (n / 32 * 20, q4_1s),
+            8 => (n / 32 * 34, q8_0s),
+            30 => (n * 2, bf16s),
+            other => bail!("tensor `{name}` has ggml type {other}"),
+        };
+        let start = (self.header.data_offset + info.offset) as usize;
+        let bytes = self.bytes.get(start..start + len);
+        let values = read(bytes.with_context(|| format!("tensor `{name}` is cut"))?);
+        Ok(Matrix { rows, cols, values })
+    }
+
+    /// The settings of architecture `llama`, as whole numbers.
+    ///
+    /// # Errors
+    /// When it is missing.
+    pub fn number(&self, name: &str) -> Result<usize> {
+        let value = self.header.u64(&format!("llama.{name}"));
+        Ok(value.with_context(|| format!("no `llama.{name}`"))? as usize)
+    }
+
+    /// The settings of architecture `llama`, as floating-point numbers.
+    ///
+    /// # Errors
+    /// When it is missing.
+    pub fn float(&self, name: &str) -> Result<f32> {
+        let value = self.header.f64(&format!("llama.{name}"));
+        Ok(value.with_context(|| format!("no `llama.{name}`"))? as f32)
+    }
+}
+
+/// All tensors of all `*.safetensors` of a folder.
+///
+/// # Errors
+/// When a file cannot be read, or a tensor is not of type F32, F16 or BF16 or has more than two dimensions.
+pub fn read_folder(folder: &Path) -> Result<BTreeMap<String, Matrix>> {
+    let mut all = BTreeMap::new();
+    for entry in std::fs::read_dir(folder).with_context(|| folder.display().to_string())? {
+        let path = entry?.path();
+        if path.extension().is_none_or(|e| e != "safetensors") {
+            continue;
+        }
+        let bytes = std::fs::read(&path)?;
+        for (name, view) in SafeTensors::deserialize(&bytes)?.iter() {
+            let values = match view.dtype() {
+                Dtype::F32 => f32s(view.data()),
+                Dtype::F16 => f16s(view.data()),
+                Dtype::BF16 => bf16s(view.data()),
+                other => bail!("tensor `{name}` has type {other}"),
+            };
+            let (rows, cols) = match view.shape() {
+                [cols] => (1, *cols),
+                [rows, cols] => (*rows, *cols),
+                shape => bail!("tensor `{name}` has shape {shape:?}"),
+            };
+            all.insert(name.to_owned(), Matrix { rows, cols, values });
+        }
+    }
+    ensure!(!all.is_empty(), "no `*.safetensors` in `{}`", folder.display());
+    Ok(all)
+}
+
+fn f32s(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+fn f16s(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
+}
+
+fn bf16s(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
+}
+
+fn q8_0s(bytes: &[u8]) -> Vec<f32> {
+    let mut out = Vec::with_capacity(bytes.len() / 34 * 32);
+    for block in bytes.chunks_exact(34) {
+        let scale = f16s(&block[..2])[0];
+        for &q in &block[2..] {
+            out.push(f32::from(q.cast_signed()) * scale);
+        }
+    }
+    out
+}
+
+fn q4_1s(bytes: &[u8]) -> Vec<f32> {
+    let mut out = Vec::with_capacity(bytes.len() / 20 * 32);
+    for block in bytes.chunks_exact(20) {
+        let head = f16s(&block[..4]);
+        for shift in [0, 4] {
+            for q in &block[4..] {
+                out.push(f32::from((q >> shift) & 0xf) * head[0] + head[1]);
+            }
+        }
+    }
+    out
+}
