@@ -19,6 +19,7 @@
 pub mod client;
 pub mod config;
 pub mod dialect;
+pub mod engine;
 pub mod health;
 pub mod limits;
 pub mod metrics;

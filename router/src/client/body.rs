@@ -14,7 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWrite};
 
 use super::head::{AnswerHead, ContentType, Framing};
 use super::stream::Stream;
-use super::{Address, ClientError, pool};
+use super::{Address, Answer, ClientError, pool};
 
 /// Room offered to each read: more than usually comes, so that a short read empties the socket.
 const READ_ROOM: usize = 8 << 10;
@@ -180,6 +180,17 @@ impl Exchange {
         }
         self.rest = Rest::Done;
         Ok(self.buffer.split_to(length).freeze())
+    }
+
+    /// The whole answer, with a body of `max` bytes at most; the connection goes back.
+    ///
+    /// # Errors
+    /// As [`Exchange::whole`].
+    pub async fn into_answer(mut self, max: usize) -> Result<Answer, ClientError> {
+        let body = self.whole(max).await?;
+        let head = self.head.clone();
+        self.finish();
+        Ok(Answer { head, body })
     }
 
     /// Gives the connection back for the next exchange, if it is fit for one; else closes it.

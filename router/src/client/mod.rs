@@ -133,35 +133,57 @@ pub struct Answer {
     pub body: Bytes,
 }
 
-/// One request that may safely be sent twice, with its whole answer: release calls, `/v1/models`, probes.
+/// Sends a request to the first of `addresses` that takes it, on a pooled connection if there is one, and reads the
+/// answer's head. `body` makes the body anew for each send: a stale connection leads to a second one.
+///
+/// # Errors
+/// Whatever went wrong last, never [`ClientError::Stale`]. After [`ClientError::Connect`] nothing was sent.
+pub async fn send(
+    addresses: &[Address],
+    head: &[u8],
+    lines: &[u8],
+    mut body: impl FnMut() -> Vec<Bytes>,
+) -> Result<Exchange, ClientError> {
+    if let Some(connection) = addresses.iter().find_map(Connection::pooled) {
+        let request = Request { head, lines, pieces: &body() };
+        match connection.exchange(request).await {
+            Err(ClientError::Stale) => {}
+            other => return other,
+        }
+    }
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in addresses {
+        match Connection::open(address).await {
+            Ok(connection) => {
+                let request = Request { head, lines, pieces: &body() };
+                return connection.exchange(request).await;
+            }
+            Err(ClientError::Connect(error)) => last = error,
+            Err(error) => return Err(error),
+        }
+    }
+    Err(ClientError::Connect(last))
+}
+
+/// One request that may safely be sent twice, with its whole answer: release calls, `/v1/models`.
 ///
 /// # Errors
 /// Whatever went wrong last; [`ClientError::TimedOut`] when `limit` has passed.
 pub async fn call(
-    address: &Address,
+    addresses: &[Address],
     request: Request<'_>,
     limit: Duration,
     max_body: usize,
 ) -> Result<Answer, ClientError> {
+    let Request { head, lines, pieces } = request;
     let work = async {
-        let pooled = match Connection::pooled(address) {
-            Some(connection) => match connection.exchange(request).await {
-                Err(ClientError::Stale) => None,
-                other => Some(other?),
-            },
-            None => None,
-        };
-        let mut exchange = match pooled {
-            Some(exchange) => exchange,
-            None => Connection::open(address).await?.exchange(request).await?,
-        };
-        let body = exchange.whole(max_body).await?;
-        let head = exchange.head().clone();
-        exchange.finish();
-        Ok(Answer { head, body })
+        let exchange = send(addresses, head, lines, || pieces.to_vec()).await?;
+        exchange.into_answer(max_body).await
     };
     tokio::time::timeout(limit, work).await.unwrap_or(Err(ClientError::TimedOut(limit)))
 }
 
+#[cfg(test)]
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

@@ -1,49 +1,15 @@
 //! The client against servers that speak from a script, byte by byte.
 
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
 
+use super::testing::{read_request, serve};
 use super::*;
 
 const HEAD: &[u8] = b"POST /x HTTP/1.1\r\nhost: h\r\ncontent-length: ";
-
-/// A server that hands its connections, counted from 0, to `script` one at a time.
-async fn serve<F>(mut script: impl FnMut(usize, TcpStream) -> F + Send + 'static) -> Address
-where
-    F: Future<Output = ()> + Send,
-{
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
-        for count in 0.. {
-            let (stream, _) = listener.accept().await.unwrap();
-            script(count, stream).await;
-        }
-    });
-    Address::Tcp(address)
-}
-
-/// Reads one whole request (the head says the length) and gives its body.
-async fn read_request(stream: &mut TcpStream) -> Option<Vec<u8>> {
-    let mut bytes = Vec::new();
-    loop {
-        if let Some(end) = bytes.windows(4).position(|window| window == b"\r\n\r\n") {
-            let head = String::from_utf8(bytes[..end].to_vec()).unwrap();
-            let length = head.split("content-length: ").nth(1).unwrap();
-            let length: usize = length.lines().next().unwrap().parse().unwrap();
-            if bytes.len() == end + 4 + length {
-                return Some(bytes[end + 4..].to_vec());
-            }
-        }
-        if stream.read_buf(&mut bytes).await.unwrap_or(0) == 0 {
-            return None;
-        }
-    }
-}
 
 fn request(pieces: &[Bytes]) -> Request<'_> {
     Request { head: HEAD, lines: b"x-request-id: 1\r\n", pieces }
@@ -122,7 +88,7 @@ async fn chunks_that_came_together_are_given_out_joined() {
 #[tokio::test]
 async fn a_finished_connection_is_used_again_and_a_broken_one_is_not() {
     let address = serve(|count, mut stream| async move {
-        while let Some(body) = read_request(&mut stream).await {
+        while let Some((_, body)) = read_request(&mut stream).await {
             let length = if body == b"spoil" { 3 } else { 2 };
             let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n#{count}x");
             stream.write_all(&answer.as_bytes()[..answer.len() - 3 + length]).await.unwrap();
@@ -131,14 +97,17 @@ async fn a_finished_connection_is_used_again_and_a_broken_one_is_not() {
     .await;
     let limit = Duration::from_secs(5);
     for _ in 0..3 {
-        let answer = call(&address, request(&[]), limit, 99).await.unwrap();
+        let answer = call(std::slice::from_ref(&address), request(&[]), limit, 99).await.unwrap();
         assert_eq!(answer.body, "#0");
     }
     let spoil = [Bytes::from_static(b"spoil")];
     let exchange = Connection::pooled(&address).unwrap().exchange(request(&spoil)).await.unwrap();
     drop(exchange); // not read to its end
     assert!(Connection::pooled(&address).is_none());
-    assert_eq!(call(&address, request(&[]), limit, 99).await.unwrap().body, "#1");
+    assert_eq!(
+        call(std::slice::from_ref(&address), request(&[]), limit, 99).await.unwrap().body,
+        "#1"
+    );
 }
 
 #[tokio::test]
@@ -150,11 +119,20 @@ async fn a_connection_that_was_closed_while_idle_is_stale_and_another_is_made() 
     })
     .await;
     let limit = Duration::from_secs(5);
-    assert_eq!(call(&address, request(&[]), limit, 99).await.unwrap().body, "0");
+    assert_eq!(
+        call(std::slice::from_ref(&address), request(&[]), limit, 99).await.unwrap().body,
+        "0"
+    );
     let pooled = Connection::pooled(&address).unwrap();
     assert!(matches!(pooled.exchange(request(&[])).await, Err(ClientError::Stale)));
-    assert_eq!(call(&address, request(&[]), limit, 99).await.unwrap().body, "1");
-    assert_eq!(call(&address, request(&[]), limit, 99).await.unwrap().body, "2");
+    assert_eq!(
+        call(std::slice::from_ref(&address), request(&[]), limit, 99).await.unwrap().body,
+        "1"
+    );
+    assert_eq!(
+        call(std::slice::from_ref(&address), request(&[]), limit, 99).await.unwrap().body,
+        "2"
+    );
 }
 
 #[tokio::test]
@@ -193,7 +171,7 @@ async fn many_big_and_small_pieces_arrive_in_order() {
         .collect();
     let expected = pieces.concat();
     let address = serve(|_, mut stream| async move {
-        let body = read_request(&mut stream).await.unwrap();
+        let (_, body) = read_request(&mut stream).await.unwrap();
         let sum: u64 = body.iter().zip(1u64..).map(|(byte, at)| u64::from(*byte) * at).sum();
         let answer = format!("HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n{sum}");
         stream.write_all(answer.as_bytes()).await.unwrap();
@@ -246,7 +224,9 @@ async fn a_unix_socket_is_a_worker_address_too() {
         stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
     });
     let address = Address::Unix(path.into());
-    let answer = call(&address, request(&[]), Duration::from_secs(5), 99).await.unwrap();
+    let answer = call(std::slice::from_ref(&address), request(&[]), Duration::from_secs(5), 99)
+        .await
+        .unwrap();
     assert_eq!(answer.body, "ok");
 }
 

@@ -1,0 +1,404 @@
+//! Both hops of one request, until there is something for the client: tries, waits, and gives back what is left
+//! behind. Knows nothing of the client's connection: when the client leaves, this future is dropped, and its guards
+//! cancel the workers and release the lease.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_shared::wire::auth::DISAGG_HEADER;
+use baton_shared::wire::error::ErrorCode;
+use bytes::Bytes;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::hop::{self, Fault, Hop};
+use super::lease::Lease;
+use super::plan::{self, Next, Progress};
+use super::reply::Reply;
+use super::{Shared, Trail};
+use crate::client::head::ContentType;
+use crate::client::{self, Exchange};
+use crate::config::RouterConfig;
+use crate::dialect::early;
+use crate::dialect::trtllm::{ClientRequest, ContextAnswer};
+use crate::health::Outcome;
+use crate::metrics::HopOutcome;
+use crate::policy::{Features, Tried};
+use crate::table::Phase;
+use crate::table::worker::Worker;
+
+/// First pause when every worker said it has no room; doubled up to the second.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
+/// How often a worker that has been silent for too long is looked at again.
+const RECHECK: Duration = Duration::from_secs(1);
+
+/// What the client gets.
+#[derive(Debug)]
+pub(super) enum Routed {
+    /// A whole answer, good or bad.
+    Reply(Reply),
+    /// A whole event stream, made from a context answer.
+    Events(Bytes),
+    /// An event stream that has begun.
+    Stream(Box<Stream>),
+}
+
+/// A generation worker's stream, its first bytes already here.
+#[derive(Debug)]
+pub(super) struct Stream {
+    pub(super) exchange: Exchange,
+    pub(super) first: Bytes,
+    pub(super) hop: Hop,
+    pub(super) worker: Arc<Worker>,
+}
+
+/// One request on its way.
+pub(super) struct Route<'a> {
+    pub(super) shared: &'a Shared,
+    pub(super) config: &'a RouterConfig,
+    pub(super) request: &'a ClientRequest,
+    /// Header lines that go to every worker.
+    pub(super) lines: &'a str,
+    pub(super) deadline: Instant,
+    pub(super) trail: &'a mut Trail,
+    phase: Phase,
+    features: Features,
+    progress: Progress,
+    queues: [Queue; 2],
+}
+
+/// How long a request has been waiting for room in one phase.
+#[derive(Clone, Copy, Debug, Default)]
+struct Queue {
+    since: Option<Instant>,
+    rounds: u32,
+    /// The last refusal was for load.
+    busy: bool,
+    retry_after: Option<u32>,
+}
+
+/// What came of the generation phase.
+enum Generated {
+    Routed(Routed),
+    /// The record is worth nothing; a new context pass is due.
+    Lost {
+        blame_context: bool,
+    },
+}
+
+impl<'a> Route<'a> {
+    pub(super) fn new(
+        shared: &'a Shared,
+        config: &'a RouterConfig,
+        request: &'a ClientRequest,
+        lines: &'a str,
+        deadline: Instant,
+        trail: &'a mut Trail,
+    ) -> Self {
+        let features = if request.prompt_is_ids {
+            // An id and its comma.
+            Features::of_tokens(request.prompt_bytes / 6)
+        } else {
+            Features::of_text(request.prompt_bytes)
+        };
+        let progress = Progress::new(config.routing.attempts);
+        let (phase, queues) = (Phase::Context, [Queue::default(); 2]);
+        Self { shared, config, request, lines, deadline, trail, phase, features, progress, queues }
+    }
+
+    /// Goes as far as the first bytes for the client, at most until the request's deadline.
+    pub(super) async fn run(mut self) -> Routed {
+        let deadline = self.deadline;
+        let result = timeout_at(deadline, self.passes()).await;
+        result.unwrap_or_else(|_| {
+            let limit = self.config.routing.request_timeout.duration();
+            let phase = self.phase.as_str();
+            let message =
+                format!("the request took longer than {limit:?}, it was in the {phase} phase");
+            Routed::Reply(Reply::error(plan::timed_out(self.phase), &message))
+        })
+    }
+
+    async fn passes(&mut self) -> Routed {
+        let mut tried = Tried::default();
+        loop {
+            let (mut lease, answer) = match self.context(&mut tried).await {
+                Ok(passed) => passed,
+                Err(routed) => return routed,
+            };
+            if answer.is_finished() {
+                lease.settle();
+                return self.early_stop(&answer);
+            }
+            match self.generation(&mut lease, answer).await {
+                Generated::Routed(routed) => return routed,
+                Generated::Lost { blame_context } => {
+                    tried = Tried::default();
+                    if blame_context {
+                        self.shared.table.report(&lease.worker, Outcome::Failed);
+                        tried.add(&lease.worker);
+                    }
+                    self.shared.metrics.retry(Phase::Context);
+                }
+            }
+        }
+    }
+
+    fn early_stop(&self, answer: &ContextAnswer) -> Routed {
+        self.shared.metrics.early_stop();
+        if self.request.stream {
+            let usage = self.request.wants_usage();
+            return Routed::Events(early::events(answer, self.request.api, usage));
+        }
+        Routed::Reply(Reply::json(200, early::whole(answer)))
+    }
+
+    /// Asks context workers until one has computed the prompt.
+    async fn context(&mut self, tried: &mut Tried) -> Result<(Lease, ContextAnswer), Routed> {
+        self.phase = Phase::Context;
+        loop {
+            let worker = self.choose(tried).await?;
+            tried.add(&worker);
+            self.trail.context = Some(Arc::clone(&worker));
+            self.trail.passes += 1;
+            let mut lease = Lease::new(&self.shared.releaser, &worker);
+            let hop = self.begin(&worker);
+            let limit = self.config.routing.context_timeout.duration();
+            let asked = timeout(limit, self.ask_context(&worker, &mut lease)).await;
+            match asked.unwrap_or_else(|_| Err(Fault::late(limit))) {
+                Ok(answer) => {
+                    hop.end(HopOutcome::Ok);
+                    self.shared.table.report(&worker, Outcome::Served);
+                    return Ok((lease, answer));
+                }
+                Err(fault) => {
+                    if fault.answered {
+                        lease.settle();
+                    }
+                    match self.after(&worker, hop, fault)? {
+                        Step::Again | Step::ContextPass { .. } => {
+                            self.shared.metrics.retry(Phase::Context);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    async fn ask_context(
+        &self,
+        worker: &Worker,
+        lease: &mut Lease,
+    ) -> Result<ContextAnswer, Fault> {
+        let head = worker.heads.get(self.request.api.target());
+        let mut sent = None;
+        let body = || {
+            let id = self.shared.mint_id();
+            lease.sent(id);
+            sent = Some(id);
+            self.request.context(id)
+        };
+        let addresses = hop::addresses(worker);
+        let exchange = client::send(&addresses, head, self.lines.as_bytes(), body);
+        let exchange = exchange.await.map_err(|error| Fault::broken(&error))?;
+        let exchange = hop::accepted(exchange).await?;
+        let answer = hop::whole(exchange, self.config.limits.max_context_answer.as_usize()).await?;
+        let sent = sent.ok_or_else(|| Fault::nonsense("it came before the request"))?;
+        let answer = ContextAnswer::parse(answer, sent).map_err(Fault::nonsense)?;
+        lease.sent(answer.id);
+        Ok(answer)
+    }
+
+    /// Asks generation workers until one has begun to answer, or the record is lost.
+    async fn generation(&mut self, lease: &mut Lease, answer: ContextAnswer) -> Generated {
+        self.phase = Phase::Generation;
+        let body = self.request.generation(&answer);
+        let lines = self.generation_lines(&answer);
+        drop(answer);
+        let mut tried = Tried::default();
+        loop {
+            let worker = match self.choose(&mut tried).await {
+                Ok(worker) => worker,
+                Err(routed) => return Generated::Routed(routed),
+            };
+            tried.add(&worker);
+            self.trail.generation = Some(Arc::clone(&worker));
+            let hop = self.begin(&worker);
+            match self.ask_generation(&worker, &lines, &body).await {
+                Ok(Begun::Whole(reply)) => {
+                    lease.settle();
+                    hop.end(HopOutcome::Ok);
+                    self.shared.table.report(&worker, Outcome::Served);
+                    return Generated::Routed(Routed::Reply(reply));
+                }
+                Ok(Begun::Stream(exchange, first)) => {
+                    lease.settle();
+                    self.shared.table.report(&worker, Outcome::Served);
+                    let stream = Stream { exchange, first, hop, worker };
+                    return Generated::Routed(Routed::Stream(Box::new(stream)));
+                }
+                Err(fault) => match self.after(&worker, hop, fault) {
+                    Ok(Step::ContextPass { blame_context }) => {
+                        return Generated::Lost { blame_context };
+                    }
+                    Ok(Step::Again) => self.shared.metrics.retry(Phase::Generation),
+                    Err(routed) => return Generated::Routed(routed),
+                },
+            }
+        }
+    }
+
+    async fn ask_generation(
+        &self,
+        worker: &Worker,
+        lines: &str,
+        body: &[Bytes],
+    ) -> Result<Begun, Fault> {
+        let head = worker.heads.get(self.request.api.target());
+        let addresses = hop::addresses(worker);
+        let work = async {
+            let exchange = client::send(&addresses, head, lines.as_bytes(), || body.to_vec());
+            let exchange = exchange.await.map_err(|error| Fault::broken(&error))?;
+            let mut exchange = hop::accepted(exchange).await?;
+            let is_stream = exchange.head().content_type == ContentType::EventStream;
+            if !self.request.stream {
+                if is_stream {
+                    return Err(Fault::nonsense("an event stream that nobody asked for"));
+                }
+                let (status, kind) = (exchange.head().status, exchange.head().content_type.clone());
+                // Bounded like the other whole answers that are held in memory.
+                let max = self.config.limits.max_context_answer.as_usize();
+                let body = hop::whole(exchange, max).await?;
+                return Ok(Begun::Whole(Reply::forwarded(status, &kind, body)));
+            }
+            if !is_stream {
+                return Err(Fault::nonsense("no event stream"));
+            }
+            match std::future::poll_fn(|cx| exchange.poll_next(cx)).await {
+                Ok(Some(first)) => Ok(Begun::Stream(exchange, first)),
+                Ok(None) => Err(Fault::nonsense("an empty event stream")),
+                Err(error) => Err(Fault::broken(&error)),
+            }
+        };
+        self.patiently(worker, work).await
+    }
+
+    /// Waits `first_token_timeout` for the first byte. A whole answer has its first byte at its end, so there a
+    /// silent worker is given up only when its probes fail too (or the request's deadline passes).
+    async fn patiently<T>(
+        &self,
+        worker: &Worker,
+        work: impl Future<Output = Result<T, Fault>>,
+    ) -> Result<T, Fault> {
+        let limit = self.config.routing.first_token_timeout.duration();
+        let mut work = std::pin::pin!(work);
+        let mut wait = limit;
+        loop {
+            if let Ok(done) = timeout(wait, work.as_mut()).await {
+                return done;
+            }
+            let alive = worker.health.condition(self.shared.table.now()).is_usable();
+            if self.request.stream || !alive {
+                return Err(Fault::late(limit));
+            }
+            wait = RECHECK;
+        }
+    }
+
+    fn begin(&self, worker: &Worker) -> Hop {
+        Hop::begin(&self.shared.metrics, self.phase, worker.begin(self.features.prompt_tokens))
+    }
+
+    /// Notes how a hop went wrong and decides what is next; an error is what the client gets.
+    fn after(&mut self, worker: &Arc<Worker>, hop: Hop, fault: Fault) -> Result<Step, Routed> {
+        let Fault { trouble, health, counted, message, reply, retry_after, answered: _ } = fault;
+        let phase = self.phase;
+        hop.end(counted);
+        self.shared.table.report(worker, health);
+        let next = self.progress.after(phase, trouble);
+        tracing::debug!(
+            worker = %worker.id, phase = phase.as_str(), why = message, ?next, "hop went wrong"
+        );
+        match next {
+            Next::Again { busy } => {
+                let queue = &mut self.queues[phase as usize];
+                queue.busy = busy;
+                queue.retry_after = queue.retry_after.max(retry_after);
+                Ok(Step::Again)
+            }
+            Next::ContextPass { blame_context } => Ok(Step::ContextPass { blame_context }),
+            Next::Forward => {
+                let nothing = || Reply::error(plan::failed(phase), &message);
+                Err(Routed::Reply(reply.unwrap_or_else(nothing)))
+            }
+            Next::GiveUp(code) => {
+                let text = format!("{} worker `{}`: {message}", phase.as_str(), worker.id);
+                tracing::warn!(worker = %worker.id, code = code.code(), why = message, "gave up");
+                Err(Routed::Reply(Reply::error(code, &text)))
+            }
+        }
+    }
+
+    /// A worker for this phase from the newest table; waits up to `queue_timeout` for one that is usable and has room.
+    async fn choose(&mut self, tried: &mut Tried) -> Result<Arc<Worker>, Routed> {
+        let (phase, table) = (self.phase, &self.shared.table);
+        let queue = &mut self.queues[phase as usize];
+        loop {
+            let picked = table.pick(phase, &self.features, tried);
+            let all_busy = match &picked {
+                Some(worker) => queue.busy && tried.contains(worker),
+                None => false,
+            };
+            if let Some(worker) = picked
+                && !all_busy
+            {
+                return Ok(worker);
+            }
+            let since = *queue.since.get_or_insert_with(Instant::now);
+            let deadline = since + self.config.routing.queue_timeout.duration();
+            if all_busy {
+                let pause = PAUSES.0 * 2u32.saturating_pow(queue.rounds.min(8));
+                let until = Instant::now() + pause.min(PAUSES.1);
+                if until < deadline {
+                    tokio::time::sleep_until(until).await;
+                    (queue.rounds, queue.busy) = (queue.rounds + 1, false);
+                    *tried = Tried::default();
+                    continue;
+                }
+            } else if table.wait_usable(phase, deadline).await {
+                continue;
+            }
+            let what = if all_busy { "has room" } else { "is usable" };
+            let message = format!("no {} worker {what}", phase.as_str());
+            let reply = Reply::error(ErrorCode::NoWorkers, &message);
+            let retry_after = queue.retry_after.or(reply.retry_after);
+            return Err(Routed::Reply(Reply { retry_after, ..reply }));
+        }
+    }
+
+    /// The header lines of a generation request: with state in the body it is signed as upstream does.
+    fn generation_lines(&self, answer: &ContextAnswer) -> String {
+        let mut lines = self.lines.to_owned();
+        if self.shared.keys.authenticate() {
+            let (endpoint, state) = answer.signed_state();
+            if let Some(value) = self.shared.keys.sign_disagg(endpoint.as_deref(), state.as_deref())
+            {
+                lines.push_str(&format!("{DISAGG_HEADER}: {value}\r\n"));
+            }
+        }
+        lines
+    }
+}
+
+/// What a generation worker's answer has begun as.
+enum Begun {
+    Whole(Reply),
+    Stream(Exchange, Bytes),
+}
+
+/// What is next after a hop that went wrong.
+enum Step {
+    /// The same phase on another worker.
+    Again,
+    /// A new context pass.
+    ContextPass { blame_context: bool },
+}

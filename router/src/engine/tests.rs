@@ -1,0 +1,1 @@
+//! The engine between a real client connection and scripted workers.
