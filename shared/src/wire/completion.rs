@@ -28,7 +28,7 @@ pub struct CompletionRequest {
     pub echo: Option<bool>,
     /// Text after the gap to fill; not honoured yet.
     pub suffix: Option<String>,
-    /// Whether a text prompt's special tokens (`<|im_start|>`) count as such; the default.
+    /// Whether the model's start token, if it has one, is put before a text prompt; the default.
     pub add_special_tokens: Option<bool>,
     /// Which phase this is, and what the other one left.
     pub disaggregated_params: Option<DisaggregatedParams>,
