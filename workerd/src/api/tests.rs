@@ -1,0 +1,1 @@
+//! The API over a real connection, with the engine on a fake back end.
