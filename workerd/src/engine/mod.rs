@@ -1,14 +1,19 @@
 //! The engine: the only way in is [`EngineHandle`]; one thread an instance owns scheduler, block tables and back end.
 
 mod inbox;
+mod intake;
 pub mod output;
 mod philox;
-pub mod run;
+mod publish;
+mod pulls;
+mod run;
 pub mod sampling;
-pub mod scheduler;
-pub mod sequence;
+mod scheduler;
+mod sequence;
 pub mod status;
 pub mod step;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

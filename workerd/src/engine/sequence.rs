@@ -1,1 +1,176 @@
-//! (being written)
+//! One request's way through the engine: what is known, what is computed, what it holds.
+//!
+//! Always: `computed + 1 <= tokens + pending` once it runs, and its blocks cover every computed position.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use baton_shared::id::{DisaggRequestId, Incarnation};
+use baton_shared::kv::record::Record;
+
+use super::output::{FinishReason, OutputSender};
+use super::sampling::SamplingParams;
+use super::step::Slot;
+use super::{Phase, QueuePlace, StopRule, Submission};
+use crate::kv::pool::Blocks;
+
+/// Names a sequence, in order of arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SeqId(pub u64);
+
+/// All sequences, oldest first.
+pub(super) type Sequences = BTreeMap<SeqId, Sequence>;
+
+/// What the sequence is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A plain request.
+    Whole,
+    /// One token, then a lease.
+    Context(DisaggRequestId),
+    /// What follows a context pass.
+    Generation(DisaggRequestId),
+}
+
+/// Where the blocks of a generation pass come from.
+#[derive(Debug)]
+pub(super) enum Source {
+    /// A lease of this very engine.
+    Local(Box<Record>),
+    /// Another worker.
+    Remote(Box<Record>),
+}
+
+/// Where a sequence stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// It has no blocks.
+    Waiting,
+    /// Its blocks are on their way (held by the pull).
+    Pulling,
+    /// It has blocks, but no slot.
+    Ready,
+    /// It takes part in steps.
+    Running(Slot),
+}
+
+/// One request.
+#[derive(Debug)]
+pub(super) struct Sequence {
+    pub kind: Kind,
+    pub place: Place,
+    /// Blocks to be fetched before anything is computed; taken at admission.
+    pub source: Option<Source>,
+    /// Prompt, then what was generated and read back.
+    pub tokens: Vec<u32>,
+    pub prompt_len: u32,
+    /// Positions whose keys and values are in the blocks, once all submitted steps have run.
+    pub computed: u32,
+    /// Samples submitted and not read back.
+    pub pending: u32,
+    /// Positions below this are prompt (or lost by a preemption) when they are computed.
+    pub prefill_end: u32,
+    pub blocks: Blocks,
+    /// Whether the back end has been told of the slot.
+    pub is_open: bool,
+    /// The newest step it takes part in.
+    pub last_step: u64,
+    pub sampling: SamplingParams,
+    pub stop: StopRule,
+    pub output: OutputSender,
+    /// Until it is first admitted.
+    pub queued: Option<QueuePlace>,
+    /// Past this it does not wait for blocks any longer; never once it was admitted.
+    pub deadline: Option<Instant>,
+}
+
+impl Sequence {
+    pub(super) fn new(
+        submission: Submission,
+        queued: QueuePlace,
+        blocks: Blocks,
+        own: Incarnation,
+        deadline: Instant,
+    ) -> Self {
+        let Submission { prompt: mut tokens, sampling, stop, phase, output } = submission;
+        let prompt_len = tokens.len() as u32;
+        let (kind, source) = match phase {
+            Phase::Whole => (Kind::Whole, None),
+            Phase::Context(request) => (Kind::Context(request), None),
+            Phase::Generation { request, first, record } => {
+                tokens.extend(first);
+                let is_local = record.incarnation == own;
+                let source = if is_local { Source::Local } else { Source::Remote };
+                (Kind::Generation(request), Some(source(record)))
+            }
+        };
+        let deadline = match kind {
+            // Nothing else could serve it sooner: it waits for its turn.
+            Kind::Whole => None,
+            Kind::Context(_) | Kind::Generation(_) => Some(deadline),
+        };
+        Self {
+            kind,
+            place: Place::Waiting,
+            source,
+            tokens,
+            prompt_len,
+            computed: 0,
+            pending: 0,
+            prefill_end: prompt_len,
+            blocks,
+            is_open: false,
+            last_step: 0,
+            sampling,
+            stop,
+            output,
+            queued: Some(queued),
+            deadline,
+        }
+    }
+
+    /// Tokens read back or to be read back.
+    pub(super) fn len(&self) -> u32 {
+        self.tokens.len() as u32 + self.pending
+    }
+
+    /// Tokens that no step has taken as input yet.
+    pub(super) fn inputs(&self) -> u32 {
+        self.len() - self.computed
+    }
+
+    /// Whether its next input is one token after others: its newest.
+    pub(super) fn is_decoding(&self) -> bool {
+        self.inputs() == 1 && self.computed > 0
+    }
+
+    /// Whether one more token may be sampled, whatever the pending ones turn out to be.
+    pub(super) fn wants_sample(&self, max_len: u32) -> bool {
+        let max_tokens = match self.kind {
+            Kind::Context(_) => 1,
+            Kind::Whole | Kind::Generation(_) => self.stop.max_tokens,
+        };
+        self.len() - self.prompt_len < max_tokens && self.len() < max_len
+    }
+
+    /// Why the text ends with the newest token, if it does.
+    pub(super) fn finish(&self, max_len: u32) -> Option<FinishReason> {
+        let generated = self.tokens.get(self.prompt_len as usize..)?;
+        let last = generated.last()?;
+        if self.stop.stop_ids.contains(last) {
+            return Some(FinishReason::Stop);
+        }
+        let is_full = generated.len() >= self.stop.max_tokens as usize
+            || self.tokens.len() >= max_len as usize;
+        is_full.then_some(FinishReason::Length)
+    }
+
+    /// Blocks it must get to be admitted: for all tokens known, less those that a lease of our own brings.
+    pub(super) fn admission_blocks(&self, block_tokens: u32) -> u32 {
+        let all = self.len().div_ceil(block_tokens);
+        match self.source {
+            Some(Source::Local(_)) => all - self.prompt_len.div_ceil(block_tokens),
+            Some(Source::Remote(_)) | None => all,
+        }
+    }
+}

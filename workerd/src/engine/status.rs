@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use baton_shared::wire::error::ErrorCode;
 
+use crate::kv::lease::LeaseEnds;
 use crate::kv::pool::BlockCounts;
 
 /// Gauges and counters since start, as of the last step.
@@ -57,17 +58,6 @@ pub struct Totals {
     pub pull_failures: Vec<(ErrorCode, u64)>,
     /// Leases that were read, released (by call or by their request), and that expired.
     pub leases_ended: LeaseEnds,
-}
-
-/// How leases ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LeaseEnds {
-    /// Their reader said so.
-    pub pulled: u64,
-    /// Nobody will read them.
-    pub released: u64,
-    /// Nobody came in time.
-    pub expired: u64,
 }
 
 impl Totals {
