@@ -1,1 +1,239 @@
-//! (being written)
+//! One suite for all transports: what [`mover`](super::mover) relies on. Each check is given a way to open agents and
+//! makes its own; none waits longer than [`PATIENCE`].
+
+use std::time::{Duration, Instant};
+
+use baton_shared::kv::layout::CopyRun;
+
+use super::{Op, PeerAddress, TransferId, TransferState, Transport};
+use crate::kv::region::Region;
+
+/// Longest wait of a check.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Opens an agent of that name.
+pub type Open<'a> = &'a mut dyn FnMut(&str) -> Box<dyn Transport>;
+
+/// Bytes of each side's memory: 4,000 blocks of 16 KiB.
+const BYTES: usize = BLOCKS * BLOCK;
+const BLOCKS: usize = 4000;
+const BLOCK: usize = 16 << 10;
+
+/// Every check in turn.
+pub fn suite(open: Open<'_>) {
+    one_long_run_arrives_whole_in_both_directions(open);
+    four_thousand_scattered_blocks_arrive_in_place_in_both_directions(open);
+    notifications_arrive_once_and_in_order_whatever_their_bytes(open);
+    data_that_was_read_stays_when_its_source_changes_after_the_notice(open);
+    data_that_was_written_is_there_when_its_notice_arrives(open);
+    a_lost_peer_is_an_error_and_its_next_start_works_at_once(open);
+    after_a_rebuild_nothing_is_written_and_everything_works(open);
+}
+
+/// An agent with memory of its own.
+struct Side {
+    transport: Box<dyn Transport>,
+    memory: Region,
+    address: PeerAddress,
+}
+
+impl Side {
+    fn new(open: Open<'_>, name: &str) -> Self {
+        let mut transport = open(name);
+        let memory = Region::host(BYTES).unwrap();
+        transport.register(&memory).unwrap();
+        let address = transport.address().unwrap();
+        Self { transport, memory, address }
+    }
+
+    fn fill(&self, mark: u64) {
+        let bytes: Vec<u8> =
+            (0..BYTES as u64 / 8).flat_map(|word| pattern(mark, word).to_le_bytes()).collect();
+        self.memory.write(0, &bytes);
+    }
+
+    fn bytes(&self, offset: usize, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory.read(offset, &mut bytes);
+        bytes
+    }
+
+    /// Whether `len` bytes at `offset` are those at `from` of memory filled with `mark`.
+    fn holds(&self, offset: usize, len: usize, mark: u64, from: usize) -> bool {
+        let words = (from as u64 / 8)..;
+        let bytes = self.bytes(offset, len);
+        bytes.chunks_exact(8).zip(words).all(|(word, at)| word == pattern(mark, at).to_le_bytes())
+    }
+
+    fn transfer(&mut self, op: Op, peer: &Side, runs: &[(usize, usize, usize)]) {
+        let id = self.post(op, peer, runs);
+        self.finish(id);
+    }
+
+    /// Runs are offsets: source, target, length.
+    fn post(&mut self, op: Op, peer: &Side, runs: &[(usize, usize, usize)]) -> TransferId {
+        let (ours, theirs) = (self.memory.base() as u64, peer.memory.base() as u64);
+        let (source, target) = match op {
+            Op::Read => (theirs, ours),
+            Op::Write => (ours, theirs),
+        };
+        let runs: Vec<_> = runs
+            .iter()
+            .map(|&(from, to, len)| CopyRun {
+                source: source + from as u64,
+                target: target + to as u64,
+                len: len as u64,
+            })
+            .collect();
+        let id = self.transport.connect(&peer.address).unwrap();
+        self.transport.post(op, id, &runs).unwrap()
+    }
+
+    fn finish(&mut self, id: TransferId) {
+        let state = wait(|| match self.transport.poll(id) {
+            TransferState::Running => None,
+            ended => Some(ended),
+        });
+        assert_eq!(state, TransferState::Done);
+    }
+
+    /// Waits for that many messages.
+    fn messages(&mut self, count: usize) -> Vec<Vec<u8>> {
+        let mut messages = Vec::new();
+        wait(|| {
+            self.transport.notifications(&mut messages).unwrap();
+            (messages.len() >= count).then_some(())
+        });
+        messages.into_iter().map(|(_, message)| message).collect()
+    }
+}
+
+fn pattern(mark: u64, word: u64) -> u64 {
+    (word ^ mark << 56).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+/// Polls until there is something.
+fn wait<T>(mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "nothing happened within {PATIENCE:?}");
+        std::thread::sleep(Duration::from_micros(50));
+    }
+}
+
+/// Scattered on both sides: source and target order differ, and no two runs are neighbours on both.
+fn scattered() -> Vec<(usize, usize, usize)> {
+    let runs = (0..BLOCKS).map(|at| (at * 1231 % BLOCKS, at * 2777 % BLOCKS));
+    runs.map(|(from, to)| (from * BLOCK, to * BLOCK, BLOCK)).collect()
+}
+
+fn one_long_run_arrives_whole_in_both_directions(open: Open<'_>) {
+    let (mut near, far) = (Side::new(open, "long/near"), Side::new(open, "long/far"));
+    far.fill(1);
+    near.transfer(Op::Read, &far, &[(0, 0, BYTES)]);
+    assert!(near.holds(0, BYTES, 1, 0));
+    near.fill(2);
+    near.transfer(Op::Write, &far, &[(0, 0, BYTES)]);
+    assert!(far.holds(0, BYTES, 2, 0));
+}
+
+fn four_thousand_scattered_blocks_arrive_in_place_in_both_directions(open: Open<'_>) {
+    let (mut near, far) = (Side::new(open, "blocks/near"), Side::new(open, "blocks/far"));
+    let runs = scattered();
+    far.fill(1);
+    near.transfer(Op::Read, &far, &runs);
+    assert!(runs.iter().all(|&(from, to, len)| near.holds(to, len, 1, from)));
+    near.fill(2);
+    near.transfer(Op::Write, &far, &runs);
+    assert!(runs.iter().all(|&(from, to, len)| far.holds(to, len, 2, from)));
+}
+
+fn notifications_arrive_once_and_in_order_whatever_their_bytes(open: Open<'_>) {
+    let (mut near, mut far) = (Side::new(open, "notes/near"), Side::new(open, "notes/far"));
+    let peer = near.transport.connect(&far.address).unwrap();
+    let sent: Vec<Vec<u8>> =
+        (0..500_u32).map(|at| [&at.to_le_bytes()[..], &[0xff, 0]].concat()).collect();
+    for message in &sent {
+        near.transport.notify(peer, message).unwrap();
+    }
+    assert_eq!(far.messages(sent.len()), sent);
+    let back = far.transport.connect(&near.address).unwrap();
+    far.transport.notify(back, b"and back").unwrap();
+    assert_eq!(near.messages(1), [b"and back"]);
+}
+
+fn data_that_was_read_stays_when_its_source_changes_after_the_notice(open: Open<'_>) {
+    let (mut near, mut far) = (Side::new(open, "fence/near"), Side::new(open, "fence/far"));
+    for round in 0..8 {
+        far.fill(round);
+        near.transfer(Op::Read, &far, &[(0, 0, BYTES)]);
+        let peer = near.transport.connect(&far.address).unwrap();
+        near.transport.notify(peer, b"read").unwrap();
+        assert_eq!(far.messages(1), [b"read"]);
+        far.fill(99);
+        assert!(near.holds(0, BYTES, round, 0));
+    }
+}
+
+fn data_that_was_written_is_there_when_its_notice_arrives(open: Open<'_>) {
+    let (mut near, mut far) = (Side::new(open, "order/near"), Side::new(open, "order/far"));
+    for round in 0..8 {
+        near.fill(round);
+        near.transfer(Op::Write, &far, &[(0, 0, BYTES)]);
+        let peer = near.transport.connect(&far.address).unwrap();
+        near.transport.notify(peer, b"written").unwrap();
+        assert_eq!(far.messages(1), [b"written"]);
+        assert!(far.holds(0, BYTES, round, 0));
+    }
+}
+
+fn a_lost_peer_is_an_error_and_its_next_start_works_at_once(open: Open<'_>) {
+    let (mut near, far) = (Side::new(open, "lost/near"), Side::new(open, "lost/far/1"));
+    near.transfer(Op::Read, &far, &[(0, 0, BLOCK)]);
+    let peer = near.transport.connect(&far.address).unwrap();
+    let run = CopyRun {
+        source: far.memory.base() as u64,
+        target: near.memory.base() as u64,
+        len: BLOCK as u64,
+    };
+    // The memory stays mapped: over TCP a read of memory that is gone would end the owner's process, which is ours.
+    let Side { transport, memory: _mapped, .. } = far;
+    drop(transport);
+    wait(|| match near.transport.post(Op::Read, peer, &[run]) {
+        Err(_) => Some(()),
+        Ok(id) => wait(|| match near.transport.poll(id) {
+            TransferState::Running => None,
+            // What had left before the peer was gone still counts.
+            TransferState::Done => Some(None),
+            TransferState::Failed(_) => Some(Some(())),
+        }),
+    });
+    near.transport.forget(peer);
+    let again = Side::new(open, "lost/far/2");
+    again.fill(3);
+    near.transfer(Op::Read, &again, &[(0, 0, BYTES)]);
+    assert!(near.holds(0, BYTES, 3, 0));
+}
+
+fn after_a_rebuild_nothing_is_written_and_everything_works(open: Open<'_>) {
+    let (mut near, far) = (Side::new(open, "rebuild/near"), Side::new(open, "rebuild/far"));
+    far.fill(1);
+    let id = near.post(Op::Read, &far, &[(0, 0, BYTES)]);
+    near.transport.rebuild().unwrap();
+    assert!(matches!(near.transport.poll(id), TransferState::Failed(_)));
+    near.fill(2);
+    far.fill(3);
+    near.transfer(Op::Read, &far, &[(0, BYTES - BLOCK, BLOCK)]);
+    assert!(near.holds(0, BYTES - BLOCK, 2, 0), "bytes of before the rebuild arrived");
+    assert!(near.holds(BYTES - BLOCK, BLOCK, 3, 0));
+}
+
+#[test]
+fn the_in_process_transport_conforms() {
+    use super::local::{LocalNet, LocalTransport};
+    let net = LocalNet::new();
+    suite(&mut |name| Box::new(LocalTransport::new(&net, name).unwrap()));
+}

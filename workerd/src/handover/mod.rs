@@ -3,7 +3,8 @@
 //! [`offer`] and [`pull`] are the pure halves (context side, generation side); [`mover`] is the one thread that
 //! talks to a [`Transport`]; [`nixl`] and [`local`] are the transports.
 
-pub mod conformance;
+#[cfg(test)]
+mod conformance;
 pub mod local;
 pub mod mover;
 pub mod nixl;

@@ -5,6 +5,8 @@
 //! decided in [`pulls`], apart from threads and clocks. Of every accepted pull the sink hears `Pulled` or
 //! `PullFailed` once, and `Settled` once if it failed unsettled, whatever happens to transports or to this thread.
 
+mod peers;
+mod pull;
 mod pulls;
 
 use std::collections::HashSet;

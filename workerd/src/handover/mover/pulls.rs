@@ -5,18 +5,19 @@
 //! ever dropped: a pull that fails or is abandoned keeps its requests until the transport says they ended, or until
 //! the transport was rebuilt.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::HashSet;
 use std::time::Instant;
 
-use baton_shared::id::{Incarnation, LeaseId, WorkerId};
+use baton_shared::id::Incarnation;
 use baton_shared::kv::layout::CopyRun;
 use baton_shared::kv::record::RankBlocks;
 use baton_shared::wire::error::ErrorCode;
 
 use super::super::{
-    MoverEvent, Op, PeerAddress, PeerId, PullId, PullJob, TransferId, TransferState, Transport,
-    TransportError,
+    MoverEvent, Op, PeerAddress, PeerId, PullId, PullJob, TransferState, Transport, TransportError,
 };
+use super::peers::{Peers, Sample};
+use super::pull::{Failure, Part, Pull, Request, Stage, requests, unreachable};
 use super::{MoverError, MoverSettings, write_notice};
 use crate::kv::region::Region;
 
@@ -30,73 +31,12 @@ pub(super) struct Pulls {
     transport: Box<dyn Transport>,
     landing: Region,
     free_slots: Vec<usize>,
-    peers: HashMap<PeerId, Peer>,
+    peers: Peers,
     /// While set, nothing is posted: a rebuild waits for healthy requests until then.
     pause_until: Option<Instant>,
     rebuilds: u64,
-    connected_changed: bool,
     events: Vec<MoverEvent>,
     settings: MoverSettings,
-}
-
-struct Peer {
-    agent: String,
-    incarnation: Incarnation,
-    in_flight: usize,
-    /// An abandoned pull's request towards it has not ended: no new pull.
-    suspect: bool,
-    /// A request failed: it is forgotten as soon as none is in flight.
-    broken: bool,
-    /// Its first large request was timed.
-    timed: bool,
-}
-
-struct Pull {
-    id: PullId,
-    worker: WorkerId,
-    incarnation: Incarnation,
-    lease: LeaseId,
-    deadline: Instant,
-    arrived: Instant,
-    parts: Vec<Part>,
-    stage: Stage,
-    bytes: u64,
-    descriptors: u64,
-}
-
-/// One rank's share of a pull.
-struct Part {
-    address: PeerAddress,
-    peer: PeerId,
-    epoch_address: u64,
-    epoch: u64,
-    slot: Option<usize>,
-    waiting: VecDeque<Vec<CopyRun>>,
-    running: Vec<Request>,
-}
-
-struct Request {
-    id: TransferId,
-    runs: Vec<CopyRun>,
-    posted: Instant,
-    polled: bool,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Blocks,
-    Epoch,
-    /// Its failure was reported; requests are still in flight.
-    Settling {
-        since: Instant,
-    },
-    Over,
-}
-
-/// Why a pull ends without its blocks.
-struct Failure {
-    code: ErrorCode,
-    message: String,
 }
 
 impl Pulls {
@@ -111,10 +51,9 @@ impl Pulls {
             transport,
             landing,
             free_slots: (0..LANDING_SLOTS).rev().collect(),
-            peers: HashMap::new(),
+            peers: Peers::default(),
             pause_until: None,
             rebuilds: 0,
-            connected_changed: false,
             events: Vec::new(),
             settings,
         })
@@ -134,8 +73,7 @@ impl Pulls {
 
     /// Incarnations that can be read from without connecting, if that changed since the last call.
     pub fn connected_if_changed(&mut self) -> Option<HashSet<Incarnation>> {
-        std::mem::take(&mut self.connected_changed)
-            .then(|| self.peers.values().map(|peer| peer.incarnation).collect())
+        self.peers.connected_if_changed()
     }
 
     pub fn accept(&mut self, job: PullJob, now: Instant) {
@@ -180,7 +118,7 @@ impl Pulls {
                 self.pulls.push(pull);
             }
         }
-        self.forget_the_broken();
+        self.peers.forget_the_broken(self.transport.as_mut());
         progress | self.rebuild_if_due(now)
     }
 
@@ -211,8 +149,7 @@ impl Pulls {
         runs: Vec<CopyRun>,
     ) -> Result<Part, Failure> {
         let address = PeerAddress { agent: rank.agent, metadata: rank.metadata };
-        let known = self.peers.values().find(|peer| peer.agent == address.agent);
-        if known.is_some_and(|peer| peer.suspect || peer.broken) {
+        if self.peers.is_closed(&address.agent) {
             return Err(pull.unreachable("an earlier transfer from it has not ended"));
         }
         let peer = self.open_peer(&address, pull.incarnation)?;
@@ -236,11 +173,7 @@ impl Pulls {
             code: ErrorCode::KvPeerUnreachable,
             message: error.to_string(),
         })?;
-        self.peers.entry(id).or_insert_with(|| {
-            self.connected_changed = true;
-            let agent = address.agent.clone();
-            Peer { agent, incarnation, in_flight: 0, suspect: false, broken: false, timed: false }
-        });
+        self.peers.opened(id, &address.agent, incarnation);
         Ok(id)
     }
 
@@ -284,7 +217,7 @@ impl Pulls {
     fn collect(&mut self, pull: &mut Pull, now: Instant) -> (bool, Option<String>) {
         let (mut progress, mut failed) = (false, None);
         for part in &mut pull.parts {
-            let Some(peer) = self.peers.get_mut(&part.peer) else { continue };
+            let Some(peer) = self.peers.get_mut(part.peer) else { continue };
             let mut sample = Sample::default();
             part.running.retain_mut(|request| {
                 let first_look = !std::mem::replace(&mut request.polled, true);
@@ -357,7 +290,7 @@ impl Pulls {
     fn post(&mut self, pull: &mut Pull, now: Instant) -> Result<bool, Failure> {
         let (worker, mut progress) = (&pull.worker, false);
         for part in &mut pull.parts {
-            let Some(peer) = self.peers.get_mut(&part.peer) else {
+            let Some(peer) = self.peers.get_mut(part.peer) else {
                 return Err(unreachable(worker, "the connection to it was lost"));
             };
             if peer.broken && !part.waiting.is_empty() {
@@ -379,7 +312,7 @@ impl Pulls {
 
     fn abandon(&mut self, pull: &mut Pull, now: Instant) {
         for part in pull.parts.iter().filter(|part| !part.running.is_empty()) {
-            if let Some(peer) = self.peers.get_mut(&part.peer) {
+            if let Some(peer) = self.peers.get_mut(part.peer) {
                 peer.suspect = true;
             }
         }
@@ -421,20 +354,6 @@ impl Pulls {
         self.free_slots.extend(pull.parts.iter_mut().filter_map(|part| part.slot.take()));
     }
 
-    fn forget_the_broken(&mut self) {
-        let transport = &mut self.transport;
-        let before = self.peers.len();
-        self.peers.retain(|&id, peer| {
-            let keep = !peer.broken || peer.in_flight > 0;
-            if !keep {
-                tracing::info!(agent = peer.agent, "forgot a peer whose transfers failed");
-                transport.forget(id);
-            }
-            keep
-        });
-        self.connected_changed |= self.peers.len() != before;
-    }
-
     /// Rebuilds the agent when a failed pull's requests do not end; healthy ones are given a moment before.
     fn rebuild_if_due(&mut self, now: Instant) -> bool {
         let patience = self.settings.settle_timeout;
@@ -460,7 +379,6 @@ impl Pulls {
         self.rebuilds += 1;
         self.pause_until = None;
         self.peers.clear();
-        self.connected_changed = true;
         tracing::warn!(pulls = self.pulls.len(), "rebuilt the moving agent: transfers did not end");
         if let Err(error) = outcome {
             tracing::error!(%error, "the moving agent did not come up again");
@@ -487,85 +405,4 @@ impl Pulls {
         }
         Ok(())
     }
-}
-
-impl Pull {
-    fn is_live(&self) -> bool {
-        match self.stage {
-            Stage::Blocks | Stage::Epoch => true,
-            Stage::Settling { .. } | Stage::Over => false,
-        }
-    }
-
-    fn in_flight(&self) -> usize {
-        self.parts.iter().map(|part| part.running.len()).sum()
-    }
-
-    fn has_read_all(&self) -> bool {
-        self.parts.iter().all(|part| part.waiting.is_empty() && part.running.is_empty())
-    }
-
-    fn unreachable(&self, reason: &str) -> Failure {
-        unreachable(&self.worker, reason)
-    }
-}
-
-/// What ended together, for a figure in the log.
-#[derive(Default)]
-struct Sample {
-    bytes: u64,
-    seconds: f64,
-    at_once: bool,
-}
-
-impl Sample {
-    fn add(&mut self, request: &Request, now: Instant, at_once: bool) {
-        self.bytes += request.runs.iter().map(|run| run.len).sum::<u64>();
-        self.seconds = self.seconds.max(now.duration_since(request.posted).as_secs_f64());
-        self.at_once |= at_once;
-    }
-}
-
-impl Peer {
-    /// Says once which way a peer's bytes come, by its first MiB: a copy out of its memory is over when the post
-    /// returns, bytes from a socket are not.
-    fn note_transport(&mut self, sample: &Sample) {
-        if self.timed || sample.bytes < 1 << 20 {
-            return;
-        }
-        self.timed = true;
-        let transport = if sample.at_once { "shared memory" } else { "network" };
-        let rate = sample.bytes as f64 / sample.seconds.max(1e-6) / 1e9;
-        tracing::info!(
-            agent = self.agent,
-            transport,
-            "blocks of this peer arrive at {rate:.1} GB/s"
-        );
-        metrics::counter!("baton_worker_handover_peers_total", "transport" => transport)
-            .increment(1);
-    }
-}
-
-fn unreachable(worker: &WorkerId, reason: &str) -> Failure {
-    Failure {
-        code: ErrorCode::KvPeerUnreachable,
-        message: format!("cannot read the blocks of worker `{worker}`: {reason}"),
-    }
-}
-
-/// Descriptors gathered to requests of at most `max` bytes; a longer one stands alone.
-pub(super) fn requests(runs: Vec<CopyRun>, max: u64) -> VecDeque<Vec<CopyRun>> {
-    let mut requests: VecDeque<Vec<CopyRun>> = VecDeque::new();
-    let mut bytes = 0;
-    for run in runs {
-        match requests.back_mut() {
-            Some(last) if bytes + run.len <= max => last.push(run),
-            _ => {
-                requests.push_back(vec![run]);
-                bytes = 0;
-            }
-        }
-        bytes += run.len;
-    }
-    requests
 }

@@ -1,6 +1,6 @@
 //! Pulls over the in-process transport: step by step with a made-up clock, then through the thread.
 
-use super::pulls::requests;
+use super::pull::requests;
 use super::*;
 use crate::handover::local::{LocalNet, LocalTransport};
 use crate::handover::pull::copy_runs;
