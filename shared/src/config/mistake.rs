@@ -36,8 +36,7 @@ pub(super) fn of_type(document: &Document, error: &toml::de::Error) -> ConfigErr
             // The span is that of the key where there is one, else that of the table around it.
             let is_named = key == name || key.ends_with(&format!(".{name}"));
             let key = if is_named { key } else { join(&key, name) };
-            let error = document.error(&key, unknown_rule(name, &known));
-            ConfigError { value: None, ..error }
+            document.error(&key, unknown_rule(name, &known)).without_value()
         }
         None => document.error(&key, expected::rule(message, "a table")),
     }

@@ -10,6 +10,7 @@ mod mistake;
 pub mod net;
 pub mod trtllm;
 pub mod units;
+mod yaml;
 
 use std::path::{Path, PathBuf};
 
@@ -46,6 +47,11 @@ impl ConfigError {
     /// The same, with the value that was given.
     pub fn with_value(self, value: impl Into<String>) -> Self {
         Self { value: Some(value.into()), ..self }
+    }
+
+    /// The same without its value.
+    fn without_value(self) -> Self {
+        Self { value: None, ..self }
     }
 
     /// `FILE:LINE: `key` = `value`: rule`.
