@@ -90,6 +90,45 @@ impl Region {
     }
 }
 
+impl Region {
+    /// Copies `len` bytes from offset `from` to offset `to`; the ranges may overlap.
+    ///
+    /// # Panics
+    /// If either range is not inside the region.
+    pub fn copy_within(&self, from: usize, to: usize, len: usize) {
+        assert!(from.checked_add(len).is_some_and(|end| end <= self.bytes()));
+        assert!(to.checked_add(len).is_some_and(|end| end <= self.bytes()));
+        // SAFETY: both in bounds by the assertions; `copy` allows overlap.
+        unsafe { std::ptr::copy(self.base().add(from), self.base().add(to), len) };
+    }
+
+    /// Copies 16-bit elements, as stored, from `offset`.
+    ///
+    /// # Panics
+    /// If the range is not inside the region.
+    pub fn read_elements(&self, offset: usize, into: &mut [u16]) {
+        let len = size_of_val(into);
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.bytes()));
+        // SAFETY: in bounds by the assertion; `into` is ours alone, `len` bytes long, and any bits are a `u16`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.base().add(offset), into.as_mut_ptr().cast(), len);
+        };
+    }
+
+    /// Copies 16-bit elements to `offset`.
+    ///
+    /// # Panics
+    /// If the range is not inside the region.
+    pub fn write_elements(&self, offset: usize, from: &[u16]) {
+        let len = size_of_val(from);
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.bytes()));
+        // SAFETY: in bounds by the assertion; `from` cannot overlap memory only reachable by raw pointers.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from.as_ptr().cast(), self.base().add(offset), len)
+        };
+    }
+}
+
 /// The KV pool: memory and how it lies.
 #[derive(Clone, Debug)]
 pub struct KvRegion {

@@ -11,6 +11,8 @@ pub mod load;
 pub mod safetensors;
 pub mod spec;
 pub mod tensors;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 

@@ -1,0 +1,168 @@
+//! Whether this back end can run a model, and whether a step plan keeps the contract: checked before memory is touched.
+
+use std::collections::HashSet;
+
+use baton_shared::kv::layout::KvLayout;
+
+use super::kernels::{LANES, QUANT, wants_quantised};
+use crate::backend::{BackendError, Caps};
+use crate::engine::step::{Input, Slot, StepPlan, StepSeq};
+use crate::model::{Model, Weight};
+
+/// Whether all shapes agree and are multiples of what the kernels take.
+///
+/// # Errors
+/// Says which number or tensor is wrong.
+pub fn model(model: &Model) -> Result<(), String> {
+    let spec = &model.spec;
+    for (name, value) in [("hidden", spec.hidden), ("ffn", spec.ffn), ("head_dim", spec.head_dim)] {
+        if value == 0 || !(value as usize).is_multiple_of(LANES) {
+            return Err(format!("`{name}` is {value}, not a multiple of {LANES}"));
+        }
+    }
+    if spec.heads == 0 || spec.kv_heads == 0 || !spec.heads.is_multiple_of(spec.kv_heads) {
+        return Err(format!("{} heads cannot share {} kv heads", spec.heads, spec.kv_heads));
+    }
+    if model.layers.len() != spec.layers as usize || spec.layers == 0 {
+        return Err(format!("{} blocks, not {}", model.layers.len(), spec.layers));
+    }
+    let size = spec.head_dim as usize;
+    let (queries, keys) = (spec.heads as usize * size, spec.kv_heads as usize * size);
+    let (hidden, ffn, vocab) = (spec.hidden as usize, spec.ffn as usize, spec.vocab as usize);
+    matrix("embedding", &model.embedding, vocab, hidden)?;
+    if let Some(head) = &model.head {
+        matrix("head", head, vocab, hidden)?;
+    }
+    vector("final norm", &model.final_norm, hidden)?;
+    for layer in &model.layers {
+        vector("attention norm", &layer.attn_norm, hidden)?;
+        matrix("q", &layer.q, queries, hidden)?;
+        matrix("k", &layer.k, keys, hidden)?;
+        matrix("v", &layer.v, keys, hidden)?;
+        matrix("o", &layer.o, hidden, queries)?;
+        vector("ffn norm", &layer.ffn_norm, hidden)?;
+        matrix("gate", &layer.gate, ffn, hidden)?;
+        matrix("up", &layer.up, ffn, hidden)?;
+        matrix("down", &layer.down, hidden, ffn)?;
+    }
+    Ok(())
+}
+
+fn vector(name: &str, vector: &[f32], len: usize) -> Result<(), String> {
+    if vector.len() == len {
+        return Ok(());
+    }
+    Err(format!("`{name}` has {} elements, not {len}", vector.len()))
+}
+
+fn matrix(name: &str, weight: &Weight, rows: usize, cols: usize) -> Result<(), String> {
+    if (weight.rows, weight.cols) != (rows, cols) {
+        return Err(format!("`{name}` is {}x{}, not {rows}x{cols}", weight.rows, weight.cols));
+    }
+    if wants_quantised(weight.dtype) && !cols.is_multiple_of(QUANT) {
+        return Err(format!("`{name}` has {cols} columns, not a multiple of {QUANT}"));
+    }
+    if weight.bytes.len() != rows * weight.dtype.row_bytes(cols) {
+        return Err(format!("`{name}` has {} bytes", weight.bytes.len()));
+    }
+    Ok(())
+}
+
+/// Whether a plan is within the back end's limits. `last` gives the last token of a slot that was opened before.
+///
+/// # Errors
+/// [`BackendError::InvalidPlan`].
+pub fn plan(
+    plan: &StepPlan,
+    caps: &Caps,
+    layout: &KvLayout,
+    last: impl Fn(Slot) -> Option<Option<u32>>,
+) -> Result<(), BackendError> {
+    sizes(plan, caps)
+        .and_then(|()| slots(plan, caps, last))
+        .and_then(|()| blocks(plan, layout))
+        .map_err(BackendError::InvalidPlan)
+}
+
+fn sizes(plan: &StepPlan, caps: &Caps) -> Result<(), String> {
+    if plan.seqs.len() > caps.max_sequences as usize {
+        return Err(format!("{} sequences, at most {}", plan.seqs.len(), caps.max_sequences));
+    }
+    let mut rows = 0_u64;
+    for seq in &plan.seqs {
+        rows += match &seq.input {
+            Input::Last => 1,
+            Input::Tokens(range) => {
+                if range.start >= range.end || range.end as usize > plan.tokens.len() {
+                    return Err(format!("tokens {range:?} of {}", plan.tokens.len()));
+                }
+                u64::from(range.end - range.start)
+            }
+        };
+    }
+    if rows > u64::from(caps.max_batch_tokens) {
+        return Err(format!("{rows} tokens, at most {}", caps.max_batch_tokens));
+    }
+    match plan.tokens.iter().find(|&&token| token >= caps.vocab) {
+        Some(&token) => Err(unknown(token, caps)),
+        None => Ok(()),
+    }
+}
+
+fn slots(
+    plan: &StepPlan,
+    caps: &Caps,
+    last: impl Fn(Slot) -> Option<Option<u32>>,
+) -> Result<(), String> {
+    let used = plan.opens.iter().map(|open| open.slot).chain(plan.seqs.iter().map(|seq| seq.slot));
+    if let Some(Slot(slot)) = used.into_iter().find(|slot| slot.0 >= caps.max_sequences) {
+        return Err(format!("slot {slot} of {}", caps.max_sequences));
+    }
+    let mut seen = HashSet::new();
+    for StepSeq { slot, input, .. } in &plan.seqs {
+        if !seen.insert(*slot) {
+            return Err(format!("slot {} twice", slot.0));
+        }
+        let opened = plan.opens.iter().rev().find(|open| open.slot == *slot);
+        let last = match opened {
+            Some(open) => open.history.last().copied(),
+            None => last(*slot).ok_or_else(|| format!("slot {} was never opened", slot.0))?,
+        };
+        match (input, last) {
+            (Input::Tokens(_), _) => {}
+            (Input::Last, None) => return Err(format!("slot {} has no last token", slot.0)),
+            (Input::Last, Some(token)) if token >= caps.vocab => return Err(unknown(token, caps)),
+            (Input::Last, Some(_)) => {}
+        }
+    }
+    Ok(())
+}
+
+fn unknown(token: u32, caps: &Caps) -> String {
+    format!("token {token} of a vocabulary of {}", caps.vocab)
+}
+
+/// Every table covers its sequence with blocks of the pool; no block is written for two sequences.
+fn blocks(plan: &StepPlan, layout: &KvLayout) -> Result<(), String> {
+    let mut written = HashSet::new();
+    for seq in &plan.seqs {
+        let range = seq.table.start as usize..seq.table.end as usize;
+        let Some(table) = plan.tables.get(range) else {
+            return Err(format!("table {:?} of {}", seq.table, plan.tables.len()));
+        };
+        if let Some(block) = table.iter().find(|block| block.0 >= layout.blocks) {
+            return Err(format!("block {} of {}", block.0, layout.blocks));
+        }
+        let tokens = u64::from(layout.block_tokens);
+        let end = u64::from(seq.start) + u64::from(seq.input.len());
+        if table.len() as u64 * tokens < end {
+            return Err(format!("{} blocks for {end} tokens", table.len()));
+        }
+        let first = (u64::from(seq.start) / tokens) as usize;
+        let last = end.div_ceil(tokens) as usize;
+        if let Some(block) = table[first..last].iter().find(|block| !written.insert(block.0)) {
+            return Err(format!("block {} is written twice", block.0));
+        }
+    }
+    Ok(())
+}

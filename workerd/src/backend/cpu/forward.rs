@@ -1,0 +1,259 @@
+//! A Llama block after another: what a step's rows go through, from token ids to logits.
+//!
+//! Each row's result depends on its own token, position and the pool only; see `attention` and `linear`.
+
+use baton_shared::id::BlockIndex;
+
+use super::attention::{self, Cache, Heads, Places};
+use super::linear::{Activations, Linear, Team, Tiling, grow};
+use super::pieces::{Count, Split};
+use super::rope;
+use crate::kv::region::KvRegion;
+use crate::model::{Layer, Model};
+
+/// The weights as the kernels read them.
+#[derive(Debug)]
+pub struct Weights {
+    heads: Heads,
+    hidden: usize,
+    ffn: usize,
+    vocab: usize,
+    epsilon: f32,
+    /// Angle of each pair of a head at position 1.
+    frequencies: Vec<f64>,
+    embedding: Linear,
+    blocks: Vec<Block>,
+    final_norm: Vec<f32>,
+    /// `None`: the embedding.
+    head: Option<Linear>,
+}
+
+#[derive(Debug)]
+struct Block {
+    attention_norm: Vec<f32>,
+    qkv: Linear,
+    output: Linear,
+    ffn_norm: Vec<f32>,
+    gate_up: Linear,
+    down: Linear,
+}
+
+impl Weights {
+    /// Repacks a model, whose shape was checked.
+    pub fn new(model: &Model) -> Self {
+        let spec = &model.spec;
+        let head_dim = spec.head_dim as usize;
+        Self {
+            heads: Heads {
+                queries: spec.heads as usize,
+                keys: spec.kv_heads as usize,
+                size: head_dim,
+            },
+            hidden: spec.hidden as usize,
+            ffn: spec.ffn as usize,
+            vocab: spec.vocab as usize,
+            epsilon: spec.rms_eps,
+            frequencies: rope::frequencies(spec.rope_theta, head_dim / 2),
+            embedding: Linear::new(&[&model.embedding]),
+            blocks: model.layers.iter().map(Block::new).collect(),
+            final_norm: model.final_norm.clone(),
+            head: model.head.as_ref().map(|head| Linear::new(&[head])),
+        }
+    }
+
+    /// Ids are below this.
+    pub fn vocab(&self) -> usize {
+        self.vocab
+    }
+}
+
+impl Block {
+    fn new(layer: &Layer) -> Self {
+        Self {
+            attention_norm: layer.attn_norm.clone(),
+            qkv: Linear::new(&[&layer.q, &layer.k, &layer.v]),
+            output: Linear::new(&[&layer.o]),
+            ffn_norm: layer.ffn_norm.clone(),
+            gate_up: Linear::new(&[&layer.gate, &layer.up]),
+            down: Linear::new(&[&layer.down]),
+        }
+    }
+}
+
+/// A step's rows; reused from step to step.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// Input token of each row.
+    tokens: Vec<u32>,
+    places: Places,
+    /// Rows whose logits are wanted.
+    sampled: Vec<usize>,
+}
+
+impl Batch {
+    /// Empties it, keeping its memory.
+    pub fn clear(&mut self) {
+        let Self { tokens, places, sampled } = self;
+        tokens.clear();
+        places.clear();
+        sampled.clear();
+    }
+
+    /// Adds a sequence's input from position `start` on; its block table begins at `table` of the plan's.
+    pub fn push(
+        &mut self,
+        weights: &Weights,
+        input: &[u32],
+        start: u32,
+        table: usize,
+        sample: bool,
+    ) {
+        self.tokens.extend_from_slice(input);
+        self.places.push(start, input.len(), table, &weights.frequencies);
+        if sample {
+            self.sampled.push(self.tokens.len() - 1);
+        }
+    }
+}
+
+/// Activations between the products; grows to the largest step seen.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    tiling: Tiling,
+    sampled_tiling: Tiling,
+    activations: Activations,
+    /// `[row][hidden]`: the residual stream.
+    stream: Vec<f32>,
+    /// `[row][hidden]`: what a block's half adds to it.
+    delta: Vec<f32>,
+    /// `[row][queries, keys, values]`.
+    qkv: Vec<f32>,
+    /// `[row][query head]`.
+    attended: Vec<f32>,
+    /// `[row][gate, up]`.
+    gate_up: Vec<f32>,
+    /// `[sampled row][vocab]`.
+    logits: Vec<f32>,
+}
+
+impl Workspace {
+    /// Runs a step: writes the rows' keys and values to the pool and gives `[sampled row][vocab]`.
+    pub fn run(
+        &mut self,
+        team: &mut Team,
+        weights: &Weights,
+        batch: &Batch,
+        pool: &KvRegion,
+        tables: &[BlockIndex],
+    ) -> &mut [f32] {
+        let rows = batch.tokens.len();
+        self.fit(weights, rows);
+        self.tiling.set(rows);
+        let stream = &mut self.stream[..rows * weights.hidden];
+        team.each(Split::even(stream, weights.hidden), |_, row, stream| {
+            weights.embedding.row(batch.tokens[row] as usize, stream);
+        });
+        for (layer, block) in (0..).zip(&weights.blocks) {
+            let cache = Cache { pool, layer, tables };
+            self.attention(team, weights, block, &batch.places, cache);
+            self.feed_forward(team, weights, block);
+        }
+        self.logits(team, weights, &batch.sampled)
+    }
+
+    fn fit(&mut self, weights: &Weights, rows: usize) {
+        grow(&mut self.stream, rows * weights.hidden);
+        grow(&mut self.delta, rows * weights.hidden);
+        grow(&mut self.qkv, rows * weights.heads.row());
+        grow(&mut self.attended, rows * weights.heads.query_row());
+        grow(&mut self.gate_up, rows * 2 * weights.ffn);
+    }
+
+    fn attention(
+        &mut self,
+        team: &mut Team,
+        weights: &Weights,
+        block: &Block,
+        places: &Places,
+        cache: Cache<'_>,
+    ) {
+        let first = cache.layer == 0;
+        self.normalise(team, weights, &block.attention_norm, &block.qkv, !first);
+        let Self { tiling, activations, delta, qkv, attended, .. } = self;
+        let heads = weights.heads;
+        block.qkv.apply(team, tiling, activations, qkv);
+        attention::store(team, heads, places, cache, qkv);
+        attention::attend(team, heads, places, cache, qkv, attended);
+        let width = heads.query_row();
+        let want = (block.output.forms(), width);
+        let beside = Count(tiling.row_ends().len());
+        activations.fill(team, tiling, want, beside, |(), _, row, out| {
+            out.copy_from_slice(&attended[row * width..][..width]);
+        });
+        block.output.apply(team, tiling, activations, delta);
+    }
+
+    fn feed_forward(&mut self, team: &mut Team, weights: &Weights, block: &Block) {
+        self.normalise(team, weights, &block.ffn_norm, &block.gate_up, true);
+        let Self { tiling, activations, delta, gate_up, .. } = self;
+        block.gate_up.apply(team, tiling, activations, gate_up);
+        let kernels = team.kernels;
+        let want = (block.down.forms(), weights.ffn);
+        let beside = Count(tiling.row_ends().len());
+        activations.fill(team, tiling, want, beside, |(), _, row, out| {
+            let (gate, up) =
+                gate_up[row * 2 * weights.ffn..][..2 * weights.ffn].split_at(weights.ffn);
+            (kernels.swiglu)(gate, up, out);
+        });
+        block.down.apply(team, tiling, activations, delta);
+    }
+
+    /// Adds `delta` to the stream (if `add`) and makes its norm the input of `next`.
+    fn normalise(
+        &mut self,
+        team: &mut Team,
+        weights: &Weights,
+        norm: &[f32],
+        next: &Linear,
+        add: bool,
+    ) {
+        let Self { tiling, activations, stream, delta, .. } = self;
+        let hidden = weights.hidden;
+        let kernels = team.kernels;
+        let beside = Split::at(stream, tiling.row_ends(), hidden);
+        let want = (next.forms(), hidden);
+        activations.fill(team, tiling, want, beside, |stream, at, row, out| {
+            let stream = &mut stream[at * hidden..][..hidden];
+            if add {
+                add_to(stream, &delta[row * hidden..][..hidden]);
+            }
+            (kernels.rms_norm)(stream, norm, weights.epsilon, out);
+        });
+    }
+
+    fn logits(&mut self, team: &mut Team, weights: &Weights, sampled: &[usize]) -> &mut [f32] {
+        let Self { sampled_tiling: tiling, activations, stream, delta, logits, .. } = self;
+        let hidden = weights.hidden;
+        let kernels = team.kernels;
+        let head = weights.head.as_ref().unwrap_or(&weights.embedding);
+        tiling.set(sampled.len());
+        grow(logits, sampled.len() * weights.vocab);
+        let want = (head.forms(), hidden);
+        let beside = Count(tiling.row_ends().len());
+        let (stream, delta) = (&*stream, &*delta);
+        activations.fill(team, tiling, want, beside, |(), _, at, out| {
+            let row = sampled[at] * hidden..(sampled[at] + 1) * hidden;
+            let mut sum = stream[row.clone()].to_vec();
+            add_to(&mut sum, &delta[row]);
+            (kernels.rms_norm)(&sum, &weights.final_norm, weights.epsilon, out);
+        });
+        head.apply(team, tiling, activations, logits);
+        &mut logits[..sampled.len() * weights.vocab]
+    }
+}
+
+fn add_to(sum: &mut [f32], addend: &[f32]) {
+    for (sum, addend) in sum.iter_mut().zip(addend) {
+        *sum += addend;
+    }
+}

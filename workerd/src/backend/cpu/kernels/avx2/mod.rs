@@ -1,0 +1,101 @@
+//! The table for CPUs with AVX2, FMA and F16C.
+#![expect(unsafe_code, reason = "functions for a CPU that was checked to have the instructions")]
+
+mod attention;
+mod float;
+mod quantised;
+
+use std::arch::x86_64::*;
+
+use super::exponential::{HIGH, LOG2_E, LOW, MINUS_LN2_HIGH, MINUS_LN2_LOW, POLYNOMIAL};
+use super::{Kernels, LANES};
+
+/// The table, if this CPU can run it.
+pub fn table() -> Option<&'static Kernels> {
+    let able = is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c");
+    able.then_some(&TABLE)
+}
+
+// Private: a function of this table may only be called where `table()` found the CPU able.
+static TABLE: Kernels = Kernels {
+    name: "avx2",
+    // SAFETY: only `table` gives this out, after finding the instructions.
+    q4_1: |panels, tile, tokens, out| unsafe { quantised::q4_1(panels, tile, tokens, out) },
+    // SAFETY: as above.
+    q8_0: |panels, tile, tokens, out| unsafe { quantised::q8_0(panels, tile, tokens, out) },
+    // SAFETY: as above.
+    f32: |panels, tile, tokens, out| unsafe { float::f32(panels, tile, tokens, out) },
+    // SAFETY: as above.
+    f16: |panels, tile, tokens, out| unsafe { float::f16(panels, tile, tokens, out) },
+    // SAFETY: as above.
+    bf16: |panels, tile, tokens, out| unsafe { float::bf16(panels, tile, tokens, out) },
+    // SAFETY: as above.
+    quantise: |row, out, stride| unsafe { quantised::quantise(row, out, stride) },
+    // SAFETY: as above.
+    rms_norm: |x, weight, epsilon, out| unsafe { float::rms_norm(x, weight, epsilon, out) },
+    // SAFETY: as above.
+    swiglu: |gate, up, out| unsafe { float::swiglu(gate, up, out) },
+    attend: |query, keys, values, tokens, running, out| {
+        // SAFETY: as above.
+        unsafe { attention::attend(query, keys, values, tokens, running, out) }
+    },
+};
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn load(from: &[f32; LANES]) -> __m256 {
+    // SAFETY: 32 readable bytes.
+    unsafe { _mm256_loadu_ps(from.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn store(to: &mut [f32; LANES], value: __m256) {
+    // SAFETY: 32 writable bytes.
+    unsafe { _mm256_storeu_ps(to.as_mut_ptr(), value) }
+}
+
+/// `((0+1)+(2+3))+((4+5)+(6+7))`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn tree(x: __m256) -> f32 {
+    let pairs = _mm256_hadd_ps(x, x);
+    let halves = _mm256_hadd_ps(pairs, pairs);
+    let (low, high) = (_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves));
+    _mm_cvtss_f32(_mm_add_ss(low, high))
+}
+
+/// The largest lane.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn largest(x: __m256) -> f32 {
+    let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+    let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+}
+
+/// As [`super::scalar::exp`].
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn exp(x: __m256) -> __m256 {
+    let not_low = _mm256_cmp_ps::<_CMP_NLT_UQ>(x, _mm256_set1_ps(LOW));
+    let x = _mm256_min_ps(x, _mm256_set1_ps(HIGH));
+    let n = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(_mm256_mul_ps(
+        x,
+        _mm256_set1_ps(LOG2_E),
+    ));
+    let r = _mm256_fmadd_ps(n, _mm256_set1_ps(MINUS_LN2_HIGH), x);
+    let r = _mm256_fmadd_ps(n, _mm256_set1_ps(MINUS_LN2_LOW), r);
+    let [first, rest @ ..] = POLYNOMIAL;
+    let mut p = _mm256_set1_ps(first);
+    for c in rest {
+        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c));
+    }
+    let p = _mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r);
+    let p = _mm256_add_ps(p, _mm256_set1_ps(1.0));
+    let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    let scale = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent));
+    _mm256_and_ps(_mm256_mul_ps(p, scale), not_low)
+}

@@ -1,0 +1,172 @@
+//! The inner loops, behind a table of functions chosen once by what the CPU can do.
+//!
+//! Every table gives the same bits: lanes of a product are rows of the weight, k runs in order with one fused
+//! multiply-add a step; a sum over a vector has 8 lanes, added as `((0+1)+(2+3))+((4+5)+(6+7))`. The scalar table is
+//! the one to read; the others copy its order. What a kernel computes for one token or row never depends on the others.
+
+#[cfg(target_arch = "x86_64")]
+pub mod avx2;
+pub mod scalar;
+
+use crate::model::WeightType;
+
+/// Rows of a weight that lie interleaved: one vector.
+pub const LANES: usize = 8;
+/// Elements of a quantised block along k.
+pub const QUANT: usize = 32;
+/// Tokens of a step of the online softmax, in every path.
+pub const ATTENTION_TILE: usize = 32;
+/// Tokens a product kernel can take at once.
+pub const TOKENS: [usize; 6] = [1, 2, 4, 8, 16, 32];
+
+/// Blocks whose largest magnitude is below this quantise to 0.
+const SMALLEST_MAX: f32 = 1e-30;
+
+/// 32 elements of an activation as `d * q`, `q` in -127..=127.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+pub struct QuantBlock {
+    /// Four elements a word, the first in the lowest byte.
+    pub q: [u32; 8],
+    /// Scale.
+    pub d: f32,
+    /// `d` times the sum of `q`.
+    pub sum: f32,
+}
+
+/// State of an online softmax: what has been seen so far of one query.
+#[derive(Clone, Copy, Debug)]
+pub struct Running {
+    /// Largest score.
+    pub max: f32,
+    /// Sum of `exp(score - max)`.
+    pub sum: f32,
+}
+
+impl Running {
+    /// Nothing seen.
+    pub const START: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
+}
+
+/// One token tile's activations, `[k][token]`, as the weight's type wants them.
+#[derive(Clone, Copy, Debug)]
+pub enum Tile<'a> {
+    /// For quantised weights: one block for each 32 of k.
+    Quantised(&'a [QuantBlock]),
+    /// For float weights.
+    Float(&'a [f32]),
+}
+
+/// `out[group][token][lane]` from panels (groups of 8 interleaved rows, [`super::repack`]) and a tile of `tokens` (one
+/// of [`TOKENS`]) tokens.
+pub type Product<T> = fn(panels: &[u8], tile: &[T], tokens: usize, out: &mut [f32]);
+
+/// See [`Kernels::attend`].
+pub type Attend = fn(
+    query: &[f32],
+    keys: &[f32],
+    values: &[f32],
+    tokens: usize,
+    running: &mut Running,
+    out: &mut [f32],
+);
+
+/// One tier of kernels.
+pub struct Kernels {
+    /// For logs.
+    pub name: &'static str,
+    /// Weights Q4_1.
+    pub q4_1: Product<QuantBlock>,
+    /// Weights Q8_0.
+    pub q8_0: Product<QuantBlock>,
+    /// Weights f32.
+    pub f32: Product<f32>,
+    /// Weights f16.
+    pub f16: Product<f32>,
+    /// Weights bf16.
+    pub bf16: Product<f32>,
+    /// Quantises a row (a multiple of 32) into `out[0], out[stride], …`.
+    pub quantise: fn(row: &[f32], out: &mut [QuantBlock], stride: usize),
+    /// `out = x / rms(x) * weight`; lengths equal, a multiple of 8.
+    pub rms_norm: fn(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]),
+    /// `out = silu(gate) * up`; lengths equal, a multiple of 8.
+    pub swiglu: fn(gate: &[f32], up: &[f32], out: &mut [f32]),
+    /// One step of the online softmax: `tokens` (1..=32) rows of `keys` and `values` (`[32][head_dim]`) for one query
+    /// (scaled already) into `out`, which is not yet divided by `running.sum`. `head_dim` is a multiple of 8.
+    pub attend: Attend,
+}
+
+impl std::fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Kernels").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl Kernels {
+    /// The best table for this CPU.
+    pub fn detect() -> &'static Self {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(table) = avx2::table() {
+            return table;
+        }
+        &scalar::TABLE
+    }
+
+    /// The product for a weight's type.
+    ///
+    /// # Panics
+    /// If the tile is not of the kind that the type wants ([`wants_quantised`]).
+    pub fn product(
+        &self,
+        dtype: WeightType,
+        panels: &[u8],
+        tile: Tile<'_>,
+        tokens: usize,
+        out: &mut [f32],
+    ) {
+        match (dtype, tile) {
+            (WeightType::Q4_1, Tile::Quantised(tile)) => (self.q4_1)(panels, tile, tokens, out),
+            (WeightType::Q8_0, Tile::Quantised(tile)) => (self.q8_0)(panels, tile, tokens, out),
+            (WeightType::F32, Tile::Float(tile)) => (self.f32)(panels, tile, tokens, out),
+            (WeightType::F16, Tile::Float(tile)) => (self.f16)(panels, tile, tokens, out),
+            (WeightType::Bf16, Tile::Float(tile)) => (self.bf16)(panels, tile, tokens, out),
+            (WeightType::Q4_1 | WeightType::Q8_0, Tile::Float(_))
+            | (WeightType::F32 | WeightType::F16 | WeightType::Bf16, Tile::Quantised(_)) => {
+                panic!("a {dtype:?} weight takes the other kind of tile")
+            }
+        }
+    }
+}
+
+/// Whether products with such weights take quantised activations.
+pub fn wants_quantised(dtype: WeightType) -> bool {
+    match dtype {
+        WeightType::Q4_1 | WeightType::Q8_0 => true,
+        WeightType::F32 | WeightType::F16 | WeightType::Bf16 => false,
+    }
+}
+
+/// Bytes of a panel: 8 rows of `cols` columns.
+pub fn panel_bytes(dtype: WeightType, cols: usize) -> usize {
+    LANES * dtype.row_bytes(cols)
+}
+
+/// Constants of the one exponential: Cephes' `expf`, about 1 ulp.
+pub mod exponential {
+    /// Below this the result is 0.
+    pub const LOW: f32 = -87.0;
+    /// Above this the result is that of this.
+    pub const HIGH: f32 = 88.0;
+    /// 1 / ln 2.
+    pub const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    /// ln 2, its upper bits, negative.
+    pub const MINUS_LN2_HIGH: f32 = -0.693_359_4;
+    /// ln 2, the rest, negative.
+    pub const MINUS_LN2_LOW: f32 = 2.121_944_4e-4;
+    /// Of `x^7` to `x^2` in `e^x = 1 + x + …`.
+    pub const POLYNOMIAL: [f32; 6] =
+        [1.987_569_1e-4, 1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,245 @@
+//! How a buffer falls into pieces that no two threads share: runs of a slice, or rectangles of a matrix.
+#![expect(unsafe_code, reason = "disjoint pieces of one buffer are handed to several threads")]
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Work that falls into pieces, no two of which share memory.
+///
+/// # Safety
+/// Pieces of different indices below `count` share no memory that either can write.
+pub unsafe trait Pieces: Sync {
+    /// What one piece is.
+    type Piece;
+
+    /// Pieces there are.
+    fn count(&self) -> usize;
+
+    /// A piece.
+    ///
+    /// # Safety
+    /// `index < count()`, and each index is asked for once in the life of `self`.
+    unsafe fn piece(&self, index: usize) -> Self::Piece;
+}
+
+/// Pieces without memory of their own.
+#[derive(Clone, Copy, Debug)]
+pub struct Count(pub usize);
+
+// SAFETY: no memory at all.
+unsafe impl Pieces for Count {
+    type Piece = ();
+
+    fn count(&self) -> usize {
+        self.0
+    }
+
+    unsafe fn piece(&self, _index: usize) {}
+}
+
+/// A slice cut into runs.
+#[derive(Debug)]
+pub struct Split<'a, T> {
+    base: *mut T,
+    cuts: Cuts<'a>,
+    owner: PhantomData<&'a mut [T]>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Cuts<'a> {
+    Even { len: usize, piece: usize },
+    At { ends: &'a [usize], unit: usize },
+}
+
+// SAFETY: a `Split` gives out disjoint `&mut [T]`, each once: as sending those.
+unsafe impl<T: Send> Sync for Split<'_, T> {}
+
+impl<'a, T> Split<'a, T> {
+    /// Runs of `piece` elements, the last one perhaps shorter.
+    ///
+    /// # Panics
+    /// If `piece` is 0.
+    pub fn even(slice: &'a mut [T], piece: usize) -> Self {
+        assert!(piece > 0);
+        let cuts = Cuts::Even { len: slice.len(), piece };
+        Self { base: slice.as_mut_ptr(), cuts, owner: PhantomData }
+    }
+
+    /// Runs that end at `ends` times `unit` elements; the first begins at 0.
+    ///
+    /// # Panics
+    /// If the ends do not ascend or pass the slice's end.
+    pub fn at(slice: &'a mut [T], ends: &'a [usize], unit: usize) -> Self {
+        assert_ascending(ends, unit, slice.len());
+        Self { base: slice.as_mut_ptr(), cuts: Cuts::At { ends, unit }, owner: PhantomData }
+    }
+}
+
+// SAFETY: runs `start..end` of one slice with ascending ends; the slice is borrowed for `'a`.
+unsafe impl<'a, T: Send> Pieces for Split<'a, T> {
+    type Piece = &'a mut [T];
+
+    fn count(&self) -> usize {
+        match self.cuts {
+            Cuts::Even { len, piece } => len.div_ceil(piece),
+            Cuts::At { ends, .. } => ends.len(),
+        }
+    }
+
+    unsafe fn piece(&self, index: usize) -> &'a mut [T] {
+        let (start, end) = match self.cuts {
+            Cuts::Even { len, piece } => (index * piece, ((index + 1) * piece).min(len)),
+            Cuts::At { ends, unit } => (start_of(ends, index) * unit, ends[index] * unit),
+        };
+        // SAFETY: `start <= end <= len` by the checks at construction; no other piece has these elements.
+        unsafe { std::slice::from_raw_parts_mut(self.base.add(start), end - start) }
+    }
+}
+
+/// A row-major matrix cut into rectangles: runs of rows by runs of columns, columns fastest.
+#[derive(Debug)]
+pub struct Grid<'a> {
+    base: *mut f32,
+    columns: usize,
+    row_ends: &'a [usize],
+    width: usize,
+    owner: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: a `Grid` gives out disjoint rectangles of `f32`, each once.
+unsafe impl Sync for Grid<'_> {}
+
+impl<'a> Grid<'a> {
+    /// Rows end at `row_ends`; runs of `width` columns, the last one perhaps narrower.
+    ///
+    /// # Panics
+    /// If `width` or `columns` is 0, the ends do not ascend, or rows pass the matrix's end.
+    pub fn new(matrix: &'a mut [f32], columns: usize, row_ends: &'a [usize], width: usize) -> Self {
+        assert!(width > 0 && columns > 0);
+        assert_ascending(row_ends, columns, matrix.len());
+        Self { base: matrix.as_mut_ptr(), columns, row_ends, width, owner: PhantomData }
+    }
+
+    /// Rectangles beside each other.
+    pub fn across(&self) -> usize {
+        self.columns.div_ceil(self.width)
+    }
+}
+
+// SAFETY: rectangles of one matrix with ascending row ends and separate columns; the matrix is borrowed for `'a`.
+unsafe impl<'a> Pieces for Grid<'a> {
+    type Piece = Rectangle<'a>;
+
+    fn count(&self) -> usize {
+        self.row_ends.len() * self.across()
+    }
+
+    unsafe fn piece(&self, index: usize) -> Rectangle<'a> {
+        let (band, run) = (index / self.across(), index % self.across());
+        let first_row = start_of(self.row_ends, band);
+        let column = run * self.width;
+        Rectangle {
+            // SAFETY: row and column are inside the matrix by the checks at construction.
+            base: unsafe { self.base.add(first_row * self.columns + column) },
+            first_row,
+            rows: self.row_ends[band] - first_row,
+            column,
+            width: self.width.min(self.columns - column),
+            stride: self.columns,
+            owner: PhantomData,
+        }
+    }
+}
+
+/// One rectangle of a matrix.
+#[derive(Debug)]
+pub struct Rectangle<'a> {
+    base: *mut f32,
+    first_row: usize,
+    rows: usize,
+    column: usize,
+    width: usize,
+    stride: usize,
+    owner: PhantomData<&'a mut [f32]>,
+}
+
+impl Rectangle<'_> {
+    /// Numbers of its rows in the matrix.
+    pub fn rows(&self) -> Range<usize> {
+        self.first_row..self.first_row + self.rows
+    }
+
+    /// Numbers of its columns in the matrix.
+    pub fn columns(&self) -> Range<usize> {
+        self.column..self.column + self.width
+    }
+
+    /// Its part of its `row`th row.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn row(&mut self, row: usize) -> &mut [f32] {
+        assert!(row < self.rows);
+        // SAFETY: inside the matrix by `Grid`'s checks, shared with no other rectangle, and borrowed from `self`.
+        unsafe { std::slice::from_raw_parts_mut(self.base.add(row * self.stride), self.width) }
+    }
+}
+
+/// Two buffers cut alike.
+// SAFETY: the pieces of each share nothing, and two `&mut` buffers share nothing with each other.
+unsafe impl<A: Pieces, B: Pieces> Pieces for (A, B) {
+    type Piece = (A::Piece, B::Piece);
+
+    fn count(&self) -> usize {
+        assert_eq!(self.0.count(), self.1.count(), "two buffers cut alike");
+        self.0.count()
+    }
+
+    unsafe fn piece(&self, index: usize) -> Self::Piece {
+        // SAFETY: the caller's promise, passed on; both have as many pieces.
+        unsafe { (self.0.piece(index), self.1.piece(index)) }
+    }
+}
+
+fn start_of(ends: &[usize], index: usize) -> usize {
+    match index.checked_sub(1) {
+        Some(before) => ends[before],
+        None => 0,
+    }
+}
+
+fn assert_ascending(ends: &[usize], unit: usize, len: usize) {
+    assert!(ends.is_sorted(), "pieces end in order");
+    let last = ends.last().copied().unwrap_or(0);
+    assert!(last.checked_mul(unit).is_some_and(|end| end <= len), "pieces lie in the buffer");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_grid_covers_each_element_once() {
+        let (rows, columns) = (11, 13);
+        let mut matrix = vec![0.0_f32; rows * columns];
+        let grid = Grid::new(&mut matrix, columns, &[4, 4, 9, 11], 5);
+        assert_eq!(grid.count(), 4 * 3);
+        for index in 0..grid.count() {
+            // SAFETY: each index once.
+            let mut part = unsafe { grid.piece(index) };
+            for row in 0..part.rows().len() {
+                let number = (part.rows().start + row) * columns + part.columns().start;
+                for (at, value) in part.row(row).iter_mut().enumerate() {
+                    *value += (number + at + 1) as f32;
+                }
+            }
+        }
+        assert!(matrix.iter().enumerate().all(|(at, &value)| value == (at + 1) as f32));
+    }
+
+    #[test]
+    #[should_panic(expected = "pieces lie in the buffer")]
+    fn pieces_beyond_the_buffer_are_refused() {
+        let _ = Split::at(&mut [0_u8; 10], &[1, 4], 3);
+    }
+}
