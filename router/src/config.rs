@@ -1,11 +1,15 @@
 //! `router.toml`: every section with its defaults and rules. Decides what a valid configuration is; reading
 //! the file and units is `baton_shared::config`. A key that is known but not built yet is refused by name.
 
+mod check;
+pub mod upstream;
+
 use std::path::PathBuf;
 
 use baton_shared::config::net::{Endpoint, Listen};
 use baton_shared::config::units::{Bytes, Percent, Seconds};
 use baton_shared::id::{InvalidWorkerId, WorkerId};
+use baton_shared::telemetry::LogFormat;
 use serde::{Deserialize, Serialize};
 
 use crate::table::Phase;
@@ -32,6 +36,15 @@ pub struct RouterConfig {
     pub log: LogConfig,
 }
 
+impl RouterConfig {
+    /// The same with defaults that depend on something else filled in.
+    pub fn spelled_out(mut self) -> Self {
+        self.context.load = Some(self.context.load_measure(Phase::Context));
+        self.generation.load = Some(self.generation.load_measure(Phase::Generation));
+        self
+    }
+}
+
 /// `[server]`.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -43,6 +56,7 @@ pub struct ServerConfig {
     /// `/metrics`, `/healthz`, `/readyz`, `/admin/*`.
     pub admin_listen: Listen,
     /// File with the token the admin port asks for; not built yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub admin_token_file: Option<PathBuf>,
     /// How long requests in flight may go on after SIGTERM.
     pub drain_timeout: Seconds,
@@ -144,6 +158,7 @@ pub struct PoolConfig {
     /// How a server is chosen.
     pub policy: PolicyName,
     /// What `least_loaded` compares; unset = tokens for context, requests for generation.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub load: Option<LoadMeasure>,
     /// The servers, in order.
     pub servers: Vec<ServerEntry>,
@@ -296,19 +311,6 @@ impl Default for LogConfig {
     fn default() -> Self {
         Self { format: LogFormat::default(), level: "info".to_owned(), access: false }
     }
-}
-
-/// How a log line looks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LogFormat {
-    /// Text on a terminal, JSON otherwise.
-    #[default]
-    Auto,
-    /// For people.
-    Text,
-    /// One object a line.
-    Json,
 }
 
 fn one() -> u32 {

@@ -16,13 +16,19 @@
 //! [`proxy::RouterProxy`] is a ready `ProxyHttp` with hooks; the engine's `Router` handle serves single
 //! requests inside a foreign `ProxyHttp` (`examples/embed.rs`).
 
+pub mod admin;
+pub mod builder;
+pub mod cli;
 pub mod client;
 pub mod config;
 pub mod dialect;
 pub mod engine;
 pub mod health;
 pub mod limits;
+pub mod listen;
 pub mod metrics;
+pub mod ops;
 pub mod policy;
+pub mod proxy;
 pub mod splice;
 pub mod table;

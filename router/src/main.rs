@@ -1,2 +1,97 @@
-//! wip
-fn main() {}
+//! `baton-router`: reads the command line and the configuration, then serves until a signal.
+//!
+//! Exit codes: 0 ok, 1 failed at run time, 2 wrong usage, 78 bad configuration.
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use baton_router::builder::{RouterBuilder, server_conf};
+use baton_router::cli::{Cli, Loaded};
+use baton_router::config::RouterConfig;
+use baton_router::ops::{Drain, Notifier, SignalWatch, Signals};
+use baton_shared::config::{ConfigError, EXIT_CODE};
+use baton_shared::telemetry;
+use baton_shared::wire::auth::Keys;
+use clap::Parser;
+use pingora_core::server::{RunArgs, Server};
+use pingora_core::services::background::background_service;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let (code, message) = match run(&Cli::parse()) {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(Failure::Config(error)) => (EXIT_CODE, error.to_string()),
+        Err(Failure::Run(error)) => (1, format!("{error:#}")),
+    };
+    // Standard error may be closed; the code says it too.
+    let _ = writeln!(std::io::stderr(), "baton-router: {message}");
+    ExitCode::from(code)
+}
+
+enum Failure {
+    Config(ConfigError),
+    Run(anyhow::Error),
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::Config(error)
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Run(error)
+    }
+}
+
+fn run(cli: &Cli) -> Result<(), Failure> {
+    let Loaded { config, without_effect } = cli.load()?;
+    let keys = keys(&config)?;
+    if cli.print_config {
+        let text = toml::to_string(&config.spelled_out()).context("configuration as TOML")?;
+        let written = std::io::stdout().write_all(text.as_bytes());
+        return Ok(written.context("standard output")?);
+    }
+    if cli.check {
+        return Ok(());
+    }
+    telemetry::init(config.log.format, &config.log.level).context("logs")?;
+    if !without_effect.is_empty() {
+        tracing::warn!(keys = without_effect.join(", "), "accepted, but without effect");
+    }
+    Ok(serve(config, keys)?)
+}
+
+fn keys(config: &RouterConfig) -> Result<Keys, ConfigError> {
+    let Some(file) = &config.auth.internal_request_auth_key_file else { return Ok(Keys::none()) };
+    Keys::load(file)
+        .map_err(|error| ConfigError::new("auth.internal_request_auth_key_file", error.to_string()))
+}
+
+fn serve(config: RouterConfig, keys: Keys) -> anyhow::Result<()> {
+    let signals = Arc::new(Signals::install().context("signals")?);
+    let notifier = Notifier::new(std::env::var_os("NOTIFY_SOCKET"));
+    let mut server = Server::new_with_opt_and_conf(None, server_conf(&config));
+    server.bootstrap();
+    let builder = RouterBuilder::new(config, keys)?;
+    let shared = Arc::clone(builder.shared());
+    let addresses = builder.add_to(&mut server)?;
+    tracing::info!(
+        version = telemetry::BUILD.version,
+        listen = addresses.public,
+        admin = addresses.admin,
+        context = shared.table.snapshot().context.len(),
+        generation = shared.table.snapshot().generation.len(),
+        "serving"
+    );
+    let drain = Drain { shared, signals: Arc::clone(&signals), notifier };
+    server.add_service(background_service("drain", drain));
+    // Returns only if Pingora ends before the drain does.
+    server.run(RunArgs { shutdown_signal: Box::new(SignalWatch(signals)) });
+    Ok(())
+}

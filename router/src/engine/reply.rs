@@ -26,13 +26,15 @@ pub struct Reply {
     pub retry_after: Option<u32>,
     /// Whether the connection may carry another request.
     pub keep_alive: bool,
+    /// `Allow` of a 405.
+    pub allow: &'static str,
 }
 
 impl Reply {
     /// JSON with this status.
     pub fn json(status: u16, body: Vec<Bytes>) -> Self {
         let content_type = Cow::Borrowed("application/json");
-        Self { status, content_type, body, retry_after: None, keep_alive: true }
+        Self { status, content_type, body, retry_after: None, keep_alive: true, allow: "POST" }
     }
 
     /// An error in OpenAI's form.
@@ -71,15 +73,17 @@ impl Reply {
             head.insert_header(header::RETRY_AFTER, seconds)?;
         }
         if self.status == 405 {
-            head.insert_header(header::ALLOW, "POST")?;
+            head.insert_header(header::ALLOW, self.allow)?;
         }
         if !self.keep_alive {
             downstream.core().set_keepalive(None);
         }
         downstream.head(Box::new(head), length == 0).await?;
-        let mut left = self.body.iter().filter(|piece| !piece.is_empty()).peekable();
-        while let Some(piece) = left.next() {
-            downstream.body(piece.clone(), left.peek().is_none()).await?;
+        let last = self.body.iter().rposition(|piece| !piece.is_empty());
+        for (index, piece) in self.body.into_iter().enumerate() {
+            if !piece.is_empty() {
+                downstream.body(piece, last == Some(index)).await?;
+            }
         }
         Ok(())
     }

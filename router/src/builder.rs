@@ -1,0 +1,207 @@
+//! Puts the parts together: everything one router shares, and the Pingora services around it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use async_trait::async_trait;
+use baton_shared::id::{IdMint, InvalidWorkerId};
+use baton_shared::wire::auth::Keys;
+use pingora_core::apps::HttpServerOptions;
+use pingora_core::server::configuration::ServerConf;
+use pingora_core::server::{Server, ShutdownWatch};
+use pingora_core::services::background::{BackgroundService, background_service};
+use pingora_core::services::listening::Service;
+use pingora_proxy::{HttpProxy, ProxyServiceBuilder};
+
+use crate::admin::Admin;
+use crate::config::RouterConfig;
+use crate::engine::{Parts, Router};
+use crate::health::prober;
+use crate::limits::InFlight;
+use crate::listen::{Bound, ListenError, Listening};
+use crate::metrics::Metrics;
+use crate::proxy::{Hooks, RouterProxy};
+use crate::table::Table;
+
+/// What all services of one router share.
+#[derive(Debug)]
+pub struct Shared {
+    /// Which workers there are.
+    pub table: Arc<Table>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// Completions being served.
+    pub in_flight: InFlight,
+    /// Requests of any kind on the public port, until their last byte is out.
+    pub visits: InFlight,
+    /// The engine.
+    pub router: Router,
+    draining: AtomicBool,
+}
+
+impl Shared {
+    /// Whether work would be accepted: a usable worker of each role, and not draining.
+    pub fn is_ready(&self) -> bool {
+        !self.is_draining() && self.table.snapshot().ready(self.table.now())
+    }
+
+    /// Whether new requests are refused because the router is about to end.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Refuses new requests; resolves when the last one has ended and every lease left behind was given back or
+    /// given up. Set a deadline around it.
+    pub async fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+        self.visits.idle().await;
+        self.router.drained().await;
+    }
+
+    /// Prometheus' text form of everything.
+    pub fn render_metrics(&self) -> String {
+        let (table, now) = (self.table.snapshot_full(), self.table.now());
+        self.metrics.render(&table, now, self.in_flight.count())
+    }
+}
+
+/// A router before it serves: take single parts from it, or add all of it to a Pingora server.
+#[derive(Debug)]
+pub struct RouterBuilder<H: Hooks = ()> {
+    shared: Arc<Shared>,
+    hooks: H,
+}
+
+impl RouterBuilder<()> {
+    /// A router of a validated configuration; `keys` are those of `auth.internal_request_auth_key_file`.
+    ///
+    /// # Errors
+    /// If a server's name is none, which validation would have found.
+    pub fn new(config: RouterConfig, keys: Keys) -> Result<Self, InvalidWorkerId> {
+        let table = Arc::new(Table::new(config)?);
+        let metrics = Arc::new(Metrics::new());
+        let in_flight = InFlight::default();
+        let router = Router::new(Parts {
+            table: Arc::clone(&table),
+            metrics: Arc::clone(&metrics),
+            keys,
+            in_flight: in_flight.clone(),
+            // Random, so that routers side by side mint different ids.
+            mint: IdMint::new(rand::random(), rand::random()),
+        });
+        let visits = InFlight::default();
+        let draining = AtomicBool::new(false);
+        let shared = Arc::new(Shared { table, metrics, in_flight, visits, router, draining });
+        Ok(Self { shared, hooks: () })
+    }
+}
+
+impl<H: Hooks> RouterBuilder<H> {
+    /// The same with other hooks.
+    pub fn with_hooks<N: Hooks>(self, hooks: N) -> RouterBuilder<N> {
+        RouterBuilder { shared: self.shared, hooks }
+    }
+
+    /// What the services share.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// The engine, to be called from a foreign `ProxyHttp`.
+    pub fn router(&self) -> Router {
+        self.shared.router.clone()
+    }
+
+    /// Probes workers and keeps metrics small; without it no worker ever becomes usable.
+    pub fn attendant(&self) -> Attendant {
+        Attendant { shared: Arc::clone(&self.shared) }
+    }
+
+    /// The ready proxy.
+    pub fn proxy(self) -> RouterProxy<H> {
+        RouterProxy::new(self.shared, self.hooks)
+    }
+
+    /// Binds the configured addresses and adds public port, admin port and attendant to `server`.
+    ///
+    /// # Errors
+    /// If an address cannot be bound; nothing has been added then.
+    pub fn add_to(self, server: &mut Server) -> Result<Addresses, ListenError> {
+        let config = Arc::clone(&self.shared.table.snapshot().config);
+        let public = Bound::bind(&config.server.listen)?;
+        let admin = Bound::bind(&config.server.admin_listen)?;
+        let addresses =
+            Addresses { public: public.address.to_string(), admin: admin.address.to_string() };
+        server.add_service(background_service("attendant", self.attendant()));
+        let mut operators = Service::new("admin".to_owned(), Admin::new(Arc::clone(&self.shared)));
+        operators.threads = Some(1);
+        server.add_service(Listening::new(operators, admin));
+        let clients = service(&server.configuration, self.proxy());
+        server.add_service(Listening::new(clients, public));
+        Ok(addresses)
+    }
+}
+
+/// Where a router listens, ports as chosen.
+#[derive(Clone, Debug)]
+pub struct Addresses {
+    /// For clients.
+    pub public: String,
+    /// For operators.
+    pub admin: String,
+}
+
+/// A Pingora service of the proxy, without listeners.
+pub fn service<H: Hooks>(
+    conf: &Arc<ServerConf>,
+    proxy: RouterProxy<H>,
+) -> Service<HttpProxy<RouterProxy<H>>> {
+    let mut options = HttpServerOptions::default();
+    options.h2c = true;
+    ProxyServiceBuilder::new(conf, proxy).name("router").server_options(options).build()
+}
+
+/// How Pingora is run for a router: threads that do not share work, since worker connections belong to the thread
+/// that made them, and a grace period that never ends before the drain does.
+pub fn server_conf(config: &RouterConfig) -> ServerConf {
+    let threads = match config.server.threads {
+        0 => baton_shared::os::cores_available().get(),
+        configured => configured,
+    };
+    ServerConf {
+        threads,
+        work_stealing: false,
+        grace_period_seconds: Some(config.server.drain_timeout.0.as_secs() + 3600),
+        ..ServerConf::default()
+    }
+}
+
+/// The background work of a router.
+#[derive(Debug)]
+pub struct Attendant {
+    shared: Arc<Shared>,
+}
+
+/// How often histograms are emptied into their buckets.
+const UPKEEP: std::time::Duration = std::time::Duration::from_secs(5);
+
+impl Attendant {
+    /// Works for as long as the future is polled.
+    pub async fn run(&self) {
+        let upkeep = async {
+            loop {
+                tokio::time::sleep(UPKEEP).await;
+                self.shared.metrics.upkeep();
+            }
+        };
+        tokio::join!(prober::run(Arc::clone(&self.shared.table)), upkeep);
+    }
+}
+
+#[async_trait]
+impl BackgroundService for Attendant {
+    async fn start(&self, _shutdown: ShutdownWatch) {
+        // Through a drain too: what is in flight may still need another worker. The process ends it.
+        self.run().await;
+    }
+}

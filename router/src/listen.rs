@@ -1,0 +1,175 @@
+//! Listening sockets, bound before anything is started: a port in use is then an error with a name instead of a
+//! panic somewhere in a service, nobody can take the port in between, and port 0 is known before it is used.
+//!
+//! Pingora finds "its" socket in the table of inherited ones, which is also how sockets survive an upgrade.
+
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::{IntoRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+use async_trait::async_trait;
+use baton_shared::config::net::{HostPort, Listen};
+use pingora_core::apps::ServerApp;
+use pingora_core::listeners::{L4BufferSettings, ListenerConfig};
+use pingora_core::server::{ListenFds, RuntimeOpts, ShutdownWatch};
+use pingora_core::services::Service as ServiceTrait;
+use pingora_core::services::listening::Service;
+
+/// Bytes Pingora sets aside to read from each connection; its default, 64 KiB, is most of an idle stream's memory.
+const READ_BUFFER: usize = 4096;
+
+/// Why nobody can be served.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on `{address}`: {reason}")]
+pub struct ListenError {
+    address: Listen,
+    reason: io::Error,
+}
+
+/// A socket that clients can connect to already.
+#[derive(Debug)]
+pub struct Bound {
+    /// As bound: with the port that was chosen where 0 was asked for.
+    pub address: Listen,
+    socket: Socket,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl Bound {
+    /// Binds `address`; a name is bound at its first address that can be.
+    ///
+    /// # Errors
+    /// If none can be: in use, not ours, not allowed.
+    pub fn bind(address: &Listen) -> Result<Self, ListenError> {
+        let bound = match address {
+            Listen::Tcp(at) => tcp(at),
+            Listen::Unix(path) => unix(path),
+        };
+        bound.map_err(|reason| ListenError { address: address.clone(), reason })
+    }
+
+    fn into_fd(self) -> RawFd {
+        match self.socket {
+            Socket::Tcp(socket) => socket.into_raw_fd(),
+            Socket::Unix(socket) => socket.into_raw_fd(),
+        }
+    }
+}
+
+fn tcp(at: &HostPort) -> io::Result<Bound> {
+    let addresses = at.resolve()?;
+    let socket = TcpListener::bind(addresses.as_slice())?;
+    // A blocking socket would stall the accept loop.
+    socket.set_nonblocking(true)?;
+    let local = socket.local_addr()?;
+    let address = Listen::Tcp(HostPort { host: local.ip().to_string(), port: local.port() });
+    Ok(Bound { address, socket: Socket::Tcp(socket) })
+}
+
+fn unix(path: &Path) -> io::Result<Bound> {
+    let socket = match UnixListener::bind(path) {
+        // What a process that was killed left behind; a socket somebody serves is not touched.
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_abandoned(path) => {
+            std::fs::remove_file(path)?;
+            UnixListener::bind(path)?
+        }
+        other => other?,
+    };
+    socket.set_nonblocking(true)?;
+    Ok(Bound { address: Listen::Unix(path.to_owned()), socket: Socket::Unix(socket) })
+}
+
+fn is_abandoned(path: &Path) -> bool {
+    let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
+    UnixStream::connect(path).is_err_and(refused)
+}
+
+/// A Pingora service on a socket that is bound already.
+pub struct Listening<A> {
+    service: Service<A>,
+    bound: Option<Bound>,
+}
+
+impl<A> Listening<A> {
+    /// Lets `service` listen on `bound`.
+    pub fn new(mut service: Service<A>, bound: Bound) -> Self {
+        let config = match &bound.address {
+            Listen::Tcp(_) => ListenerConfig::tcp(key(&bound.address)),
+            Listen::Unix(_) => ListenerConfig::uds(key(&bound.address)),
+        };
+        let buffers = L4BufferSettings::default().read(READ_BUFFER);
+        service.add_listener(config.l4_buffer(buffers));
+        Self { service, bound: Some(bound) }
+    }
+}
+
+/// The name under which Pingora looks for the socket.
+fn key(address: &Listen) -> String {
+    match address {
+        Listen::Tcp(at) => at.to_string(),
+        Listen::Unix(path) => path.to_string_lossy().into_owned(),
+    }
+}
+
+#[async_trait]
+impl<A: ServerApp + Send + Sync + 'static> ServiceTrait for Listening<A> {
+    async fn start_service(
+        &mut self,
+        fds: Option<ListenFds>,
+        shutdown: ShutdownWatch,
+        listeners_per_fd: usize,
+    ) {
+        if let (Some(fds), Some(bound)) = (&fds, self.bound.take()) {
+            let name = key(&bound.address);
+            fds.lock().add(name, bound.into_fd());
+        }
+        self.service.start_service(fds, shutdown, listeners_per_fd).await;
+    }
+
+    fn name(&self) -> &str {
+        self.service.name()
+    }
+
+    fn threads(&self) -> Option<usize> {
+        self.service.threads
+    }
+
+    fn runtime_opts_override(&self, global: &RuntimeOpts) -> Option<RuntimeOpts> {
+        ServiceTrait::runtime_opts_override(&self.service, global)
+    }
+
+    fn listen_addresses(&self) -> Option<Vec<String>> {
+        self.service.listen_addresses()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_in_use_is_named_and_port_zero_becomes_a_real_one() {
+        let first = Bound::bind(&Listen::loopback(0)).unwrap();
+        let Listen::Tcp(at) = &first.address else { panic!("not TCP") };
+        assert_ne!(at.port, 0);
+        let error = Bound::bind(&first.address).unwrap_err().to_string();
+        assert!(error.contains(&format!("`{at}`")) && error.contains("in use"), "{error}");
+    }
+
+    #[test]
+    fn an_abandoned_socket_file_is_replaced_and_a_served_one_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = Listen::Unix(folder.path().join("router.sock"));
+        drop(Bound::bind(&path).unwrap());
+        let served = Bound::bind(&path).unwrap();
+        assert!(Bound::bind(&path).unwrap_err().to_string().contains("in use"));
+        drop(served);
+    }
+}

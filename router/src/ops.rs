@@ -1,0 +1,166 @@
+//! Life of the process: signals, drain, and what systemd wants to know.
+//!
+//! SIGTERM, SIGINT and SIGQUIT drain: no new request, those in flight finish within `drain_timeout`, exit 0;
+//! a second one ends at once. SIGHUP never kills. Pingora alone would sleep its whole grace period and then cut
+//! every stream, so the drain ends the process itself.
+
+use std::ffi::OsString;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use pingora_core::server::{ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
+use pingora_core::services::background::BackgroundService;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Mutex;
+
+use crate::builder::Shared;
+
+/// The process's signals, caught from the moment this is made.
+pub struct Signals {
+    streams: Mutex<Streams>,
+}
+
+struct Streams {
+    terminate: Signal,
+    interrupt: Signal,
+    quit: Signal,
+    hang_up: Signal,
+}
+
+impl Signals {
+    /// Catches them; to be called before anything is started, so that an early SIGTERM is not lost.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn install() -> std::io::Result<Self> {
+        // Only the installation needs this runtime: later any runtime's driver passes signals on.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let _inside = runtime.enter();
+        let streams = Streams {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            quit: signal(SignalKind::quit())?,
+            hang_up: signal(SignalKind::hangup())?,
+        };
+        Ok(Self { streams: Mutex::new(streams) })
+    }
+}
+
+impl Signals {
+    /// Waits for a signal that ends the process.
+    async fn ending(&self) {
+        let mut streams = self.streams.lock().await;
+        let Streams { terminate, interrupt, quit, hang_up } = &mut *streams;
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => return,
+                _ = interrupt.recv() => return,
+                _ = quit.recv() => return,
+                _ = hang_up.recv() => {
+                    tracing::warn!("SIGHUP ignored: reload is not available yet");
+                }
+            }
+        }
+    }
+}
+
+/// [`Signals`] as Pingora asks for it, shared with [`Drain`].
+pub struct SignalWatch(pub Arc<Signals>);
+
+#[async_trait]
+impl ShutdownSignalWatch for SignalWatch {
+    async fn recv(&self) -> ShutdownSignal {
+        self.0.ending().await;
+        ShutdownSignal::GracefulTerminate
+    }
+}
+
+/// Ends the process once nothing is in flight any more.
+pub struct Drain {
+    /// What is in flight.
+    pub shared: Arc<Shared>,
+    /// Where a second signal comes from.
+    pub signals: Arc<Signals>,
+    /// Who started us.
+    pub notifier: Notifier,
+}
+
+#[async_trait]
+impl BackgroundService for Drain {
+    async fn start(&self, mut shutdown: ShutdownWatch) {
+        self.notifier.send("READY=1");
+        // An error means that the server is gone, which is a shutdown too.
+        drop(shutdown.wait_for(|begun| *begun).await);
+        self.notifier.send("STOPPING=1");
+        let limit = self.shared.table.snapshot().config.server.drain_timeout.0;
+        tracing::info!(in_flight = self.shared.in_flight.count(), ?limit, "draining");
+        let code = tokio::select! {
+            () = self.drained(limit) => 0,
+            () = self.signals.ending() => {
+                tracing::warn!("second signal, requests in flight are cut");
+                1
+            }
+        };
+        std::process::exit(code);
+    }
+}
+
+impl Drain {
+    async fn drained(&self, limit: Duration) {
+        if tokio::time::timeout(limit, self.shared.drain()).await.is_err() {
+            let in_flight = self.shared.in_flight.count();
+            tracing::warn!(in_flight, "drain deadline passed, requests in flight are cut");
+        }
+    }
+}
+
+/// Tells systemd how far we are; does nothing where nobody asked.
+#[derive(Debug)]
+pub struct Notifier(Option<SocketAddr>);
+
+impl Notifier {
+    /// For the value of `$NOTIFY_SOCKET`.
+    pub fn new(socket: Option<OsString>) -> Self {
+        let address = socket.and_then(|name| match name.as_bytes() {
+            [b'@', rest @ ..] => SocketAddr::from_abstract_name(rest).ok(),
+            [b'/', ..] => SocketAddr::from_pathname(&name).ok(),
+            _ => None,
+        });
+        Self(address)
+    }
+
+    fn send(&self, state: &str) {
+        let Some(address) = &self.0 else { return };
+        let sent = UnixDatagram::unbound()
+            .and_then(|socket| socket.send_to_addr(state.as_bytes(), address));
+        if let Err(error) = sent {
+            tracing::warn!(state, %error, "systemd not notified");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn systemd_hears_of_each_state_on_the_socket_it_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        Notifier::new(Some(path.into_os_string())).send("READY=1");
+        let mut text = [0; 32];
+        let length = socket.recv(&mut text).unwrap();
+        assert_eq!(&text[..length], b"READY=1");
+    }
+
+    #[test]
+    fn nobody_is_told_where_nobody_asked() {
+        assert!(Notifier::new(None).0.is_none());
+        assert!(Notifier::new(Some("relative".into())).0.is_none());
+    }
+}
