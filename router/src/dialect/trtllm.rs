@@ -359,7 +359,7 @@ fn read_params(cursor: &mut Cursor<'_>, found: &mut Found) -> Result<(), ScanErr
             b"ctx_request_id" => found.ctx_request_id = present(cursor)?,
             b"encoded_opaque_state" => found.opaque_state = present(cursor)?,
             b"ctx_info_endpoint" => found.info_endpoint = present(cursor)?,
-            _ => drop(cursor.skip()?),
+            _ => return cursor.skip().map(|_| ()),
         }
         Ok(())
     })

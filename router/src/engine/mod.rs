@@ -4,6 +4,7 @@
 //! answer. Point of no return = the answer's head has been handed to the client: before it every failure may move
 //! to another worker, after it nothing is repeated.
 
+mod ctx;
 pub mod downstream;
 mod hop;
 mod lease;
@@ -13,16 +14,15 @@ mod route;
 mod stream;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use baton_shared::id::{DisaggRequestId, IdMint};
-use baton_shared::telemetry::{RequestId, TraceParent};
 use baton_shared::wire::auth::Keys;
 use baton_shared::wire::error::ErrorCode;
 use http::Method;
-use pingora_core::protocols::http::ServerSession;
 use pingora_error::{Error, ErrorType, Result};
 
+pub use self::ctx::{Outcome, RouterCtx, Trail};
 use self::downstream::{BodyError, BodyLimits};
 pub use self::downstream::{Downstream, early};
 use self::lease::Releaser;
@@ -36,7 +36,6 @@ use crate::health;
 use crate::limits::InFlight;
 use crate::metrics::{Endpoint, HopOutcome, Metrics, RequestOutcome};
 use crate::policy::{Features, Tried};
-use crate::table::worker::Worker;
 use crate::table::{Phase, Table};
 
 /// How long a worker may take to say which models it has.
@@ -77,75 +76,6 @@ impl Shared {
     fn mint_id(&self) -> DisaggRequestId {
         let now_ms = u64::try_from(self.table.now().as_millis()).unwrap_or(u64::MAX);
         self.mint.next(now_ms)
-    }
-}
-
-/// How a request ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// With a whole answer of this status.
-    Answered(u16),
-    /// The answer broke off after its head.
-    Aborted,
-    /// The client left.
-    ClientGone,
-}
-
-/// What is known of one request; for logs, and kept by the proxy between its phases.
-#[derive(Debug)]
-pub struct RouterCtx {
-    /// When its head was read.
-    pub started: Instant,
-    /// The client's, or ours.
-    pub request_id: RequestId,
-    /// Set when it has ended.
-    pub outcome: Option<Outcome>,
-    /// Time to the first byte of the answer's body.
-    pub first_byte: Option<Duration>,
-    /// Length of the client's body, decoded.
-    pub body_bytes: usize,
-    /// Where it went.
-    pub trail: Trail,
-    trace: TraceParent,
-}
-
-/// Which workers had a request.
-#[derive(Clone, Debug, Default)]
-pub struct Trail {
-    /// The last context worker.
-    pub context: Option<Arc<Worker>>,
-    /// The last generation worker.
-    pub generation: Option<Arc<Worker>>,
-    /// Context requests sent.
-    pub passes: u32,
-}
-
-impl Default for RouterCtx {
-    fn default() -> Self {
-        Self {
-            started: Instant::now(),
-            request_id: RequestId::mint(),
-            outcome: None,
-            first_byte: None,
-            body_bytes: 0,
-            trail: Trail::default(),
-            trace: TraceParent::fresh(),
-        }
-    }
-}
-
-impl RouterCtx {
-    /// Takes over the client's request id and trace, if it has sane ones.
-    pub fn begin(&mut self, session: &ServerSession) {
-        self.started = Instant::now();
-        self.request_id = RequestId::accept_or_mint(downstream::header(session, "x-request-id"));
-        let parent = downstream::header(session, "traceparent").and_then(TraceParent::parse);
-        self.trace = parent.map_or_else(TraceParent::fresh, TraceParent::child);
-    }
-
-    /// Header lines that every worker gets.
-    fn lines(&self) -> String {
-        format!("x-request-id: {}\r\ntraceparent: {}\r\n", self.request_id, self.trace)
     }
 }
 
@@ -251,7 +181,7 @@ impl Router {
             biased;
             routed = Box::pin(route.run()) => routed,
             () = downstream::client_gone(downstream.core()) => {
-                return Err(gone(cx, "the client left before its answer began"));
+                return Err(cx.gone("the client left before its answer began"));
             }
         };
         drop(request);
@@ -266,7 +196,7 @@ impl Router {
                     reply::send_stream_head(downstream, cx.request_id.as_str()).await?;
                     downstream.body(events, true).await
                 };
-                ended(cx, sent.await, 200)
+                cx.sent(sent.await, 200)
             }
             Routed::Stream(stream) => {
                 let patience = Patience { idle: config.routing.idle_timeout.duration(), deadline };
@@ -285,7 +215,7 @@ impl Router {
     ) -> Result<Outcome> {
         let route::Stream { mut exchange, first, hop, worker } = stream;
         if reply::send_stream_head(downstream, cx.request_id.as_str()).await.is_err() {
-            return Err(gone(cx, "the client left before its answer began"));
+            return Err(cx.gone("the client left before its answer began"));
         }
         self.count_first_byte(cx, endpoint, 200);
         match stream::forward(downstream, &mut exchange, first, patience).await {
@@ -302,7 +232,7 @@ impl Router {
                 cx.outcome = Some(Outcome::Aborted);
                 Error::e_explain(ErrorType::ConnectionClosed, "the worker broke off its answer")
             }
-            End::ClientGone => Err(gone(cx, "the client left during its answer")),
+            End::ClientGone => Err(cx.gone("the client left during its answer")),
         }
     }
 
@@ -325,12 +255,13 @@ impl Router {
             BodyError::Encoding(_) => ErrorCode::UnsupportedEncoding,
             BodyError::Late(_) => ErrorCode::BodyTimeout,
             BodyError::Gzip | BodyError::Framing => ErrorCode::InvalidRequest,
-            BodyError::Gone => return Err(gone(cx, "the client left while it sent its request")),
+            BodyError::Gone => return Err(cx.gone("the client left while it sent its request")),
         };
         let mut reply = Reply::error(code, &error.to_string());
         reply.keep_alive &= !matches!(error, BodyError::Framing);
+        let closes = !reply.keep_alive;
         let answered = self.reply(downstream, cx, reply).await?;
-        if matches!(error, BodyError::TooLarge(_)) {
+        if closes {
             downstream::linger(downstream.core()).await;
         }
         Ok(answered)
@@ -382,7 +313,7 @@ impl Router {
     ) -> Result<Outcome> {
         let status = reply.status;
         let sent = reply.send(downstream, cx.request_id.as_str()).await;
-        ended(cx, sent, status)
+        cx.sent(sent, status)
     }
 
     /// Sends an error in OpenAI's form.
@@ -407,16 +338,7 @@ fn endpoint(api: Api) -> Endpoint {
     }
 }
 
-fn ended(cx: &mut RouterCtx, sent: Result<()>, status: u16) -> Result<Outcome> {
-    let outcome = if sent.is_ok() { Outcome::Answered(status) } else { Outcome::ClientGone };
-    cx.outcome = Some(outcome);
-    sent.map(|()| outcome)
-}
-
-fn gone(cx: &mut RouterCtx, when: &'static str) -> pingora_error::BError {
-    cx.outcome = Some(Outcome::ClientGone);
-    Error::explain(ErrorType::ConnectionClosed, when).into_down()
-}
-
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod tests;
