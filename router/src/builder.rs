@@ -78,6 +78,8 @@ impl RouterBuilder<()> {
     /// # Errors
     /// If a server's name is none, which validation would have found.
     pub fn new(config: RouterConfig, keys: Keys) -> Result<Self, InvalidWorkerId> {
+        // Random where not configured, so that routers side by side mint different ids.
+        let mint = IdMint::new(config.routing.node_id.unwrap_or_else(rand::random), rand::random());
         let table = Arc::new(Table::new(config)?);
         let metrics = Arc::new(Metrics::new());
         let in_flight = InFlight::default();
@@ -86,8 +88,7 @@ impl RouterBuilder<()> {
             metrics: Arc::clone(&metrics),
             keys,
             in_flight: in_flight.clone(),
-            // Random, so that routers side by side mint different ids.
-            mint: IdMint::new(rand::random(), rand::random()),
+            mint,
         });
         let visits = InFlight::default();
         let draining = AtomicBool::new(false);

@@ -1,13 +1,13 @@
 //! The command line: our own flags, and those of `trtllm-serve disaggregated` under their names.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use baton_shared::config::ConfigError;
 use baton_shared::config::net::Listen;
 use baton_shared::config::units::Seconds;
-use baton_shared::config::{ConfigError, is_yaml};
 use clap::Parser;
 
-use crate::config::RouterConfig;
+use crate::config::Loaded;
 
 /// Ingress for disaggregated LLM serving: one OpenAI-compatible endpoint in front of context and generation
 /// workers.
@@ -30,6 +30,10 @@ pub struct Cli {
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Option<Listen>,
 
+    /// Where operators are answered, instead of the file's `server.admin_listen`: HOST:PORT
+    #[arg(long, value_name = "ADDRESS")]
+    pub admin_listen: Option<Listen>,
+
     /// Seconds a whole request may take, instead of the file's `routing.request_timeout`
     #[arg(short = 'r', long, alias = "request_timeout", value_name = "SECONDS")]
     pub request_timeout: Option<u64>,
@@ -51,15 +55,6 @@ pub struct Cli {
     pub metadata_server_config: Option<PathBuf>,
 }
 
-/// What the command line and the file together say.
-#[derive(Clone, Debug)]
-pub struct Loaded {
-    /// Checked.
-    pub config: RouterConfig,
-    /// Keys and flags that were read but change nothing.
-    pub without_effect: Vec<String>,
-}
-
 impl Cli {
     /// Reads the file and lays the flags over it.
     ///
@@ -70,9 +65,12 @@ impl Cli {
             let error = ConfigError::new("--metadata-server-config", "is not available yet");
             return Err(error.with_value(file.display().to_string()));
         }
-        let mut loaded = read(&self.config)?;
+        let mut loaded = Loaded::read(&self.config)?;
         if let Some(listen) = &self.listen {
             loaded.config.server.listen = listen.clone();
+        }
+        if let Some(listen) = &self.admin_listen {
+            loaded.config.server.admin_listen = listen.clone();
         }
         if let Some(seconds) = self.request_timeout {
             loaded.config.routing.request_timeout = Seconds::new(seconds);
@@ -90,13 +88,6 @@ impl Cli {
         loaded.config.validate()?;
         Ok(loaded)
     }
-}
-
-fn read(file: &Path) -> Result<Loaded, ConfigError> {
-    if is_yaml(file) {
-        return crate::config::upstream::load(file);
-    }
-    Ok(Loaded { config: RouterConfig::load(file)?, without_effect: Vec::new() })
 }
 
 /// TensorRT-LLM's names of levels; others as they are.

@@ -2,14 +2,16 @@
 //! the file and units is `baton_shared::config`. A key that is known but not built yet is refused by name.
 
 mod check;
-pub mod upstream;
+mod upstream;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use baton_shared::config::net::{Endpoint, Listen};
 use baton_shared::config::units::{Bytes, Percent, Seconds};
+use baton_shared::config::{ConfigError, is_yaml};
 use baton_shared::id::{InvalidWorkerId, WorkerId};
 use baton_shared::telemetry::LogFormat;
+use baton_shared::wire::auth::Keys;
 use serde::{Deserialize, Serialize};
 
 use crate::table::Phase;
@@ -34,6 +36,27 @@ pub struct RouterConfig {
     pub auth: AuthConfig,
     /// Log output.
     pub log: LogConfig,
+}
+
+/// A checked configuration and what belongs to it.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// Checked.
+    pub config: RouterConfig,
+    /// Keys shared with the workers.
+    pub keys: Keys,
+    /// Keys and flags that were read but change nothing.
+    pub without_effect: Vec<String>,
+}
+
+impl Loaded {
+    /// Reads our TOML, or TensorRT-LLM's `disagg_config.yaml`, by the file's name.
+    ///
+    /// # Errors
+    /// The first mistake, with its line.
+    pub fn read(file: &Path) -> Result<Self, ConfigError> {
+        if is_yaml(file) { upstream::load(file) } else { check::load(file) }
+    }
 }
 
 impl RouterConfig {
@@ -103,6 +126,9 @@ pub struct RoutingConfig {
     pub attempts: u32,
     /// How long a request waits for a usable worker.
     pub queue_timeout: Seconds,
+    /// Part of the ids this router mints, so that routers side by side differ; unset = random.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node_id: Option<u8>,
     /// Conditional disaggregation; 0 = off, anything else is not built yet.
     pub max_local_prefill_length: u64,
 }
@@ -117,6 +143,7 @@ impl Default for RoutingConfig {
             idle_timeout: Seconds::new(30),
             attempts: 3,
             queue_timeout: Seconds::new(5),
+            node_id: None,
             max_local_prefill_length: 0,
         }
     }

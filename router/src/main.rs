@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use baton_router::builder::{RouterBuilder, server_conf};
-use baton_router::cli::{Cli, Loaded};
-use baton_router::config::RouterConfig;
+use baton_router::cli::Cli;
+use baton_router::config::{Loaded, RouterConfig};
 use baton_router::ops::{Drain, Notifier, SignalWatch, Signals};
 use baton_shared::config::{ConfigError, EXIT_CODE};
 use baton_shared::telemetry;
@@ -50,8 +50,7 @@ impl From<anyhow::Error> for Failure {
 }
 
 fn run(cli: &Cli) -> Result<(), Failure> {
-    let Loaded { config, without_effect } = cli.load()?;
-    let keys = keys(&config)?;
+    let Loaded { config, keys, without_effect } = cli.load()?;
     if cli.print_config {
         let text = toml::to_string(&config.spelled_out()).context("configuration as TOML")?;
         let written = std::io::stdout().write_all(text.as_bytes());
@@ -65,12 +64,6 @@ fn run(cli: &Cli) -> Result<(), Failure> {
         tracing::warn!(keys = without_effect.join(", "), "accepted, but without effect");
     }
     Ok(serve(config, keys)?)
-}
-
-fn keys(config: &RouterConfig) -> Result<Keys, ConfigError> {
-    let Some(file) = &config.auth.internal_request_auth_key_file else { return Ok(Keys::none()) };
-    Keys::load(file)
-        .map_err(|error| ConfigError::new("auth.internal_request_auth_key_file", error.to_string()))
 }
 
 fn serve(config: RouterConfig, keys: Keys) -> anyhow::Result<()> {

@@ -5,8 +5,11 @@ use std::time::Duration;
 
 use baton_shared::config::units::Seconds;
 use baton_shared::config::{ConfigError, Document};
+use baton_shared::wire::auth::Keys;
 
-use super::{DialectChoice, PolicyName, PoolConfig, RouterConfig, ScheduleStyle, ServerEntry};
+use super::{
+    DialectChoice, Loaded, PolicyName, PoolConfig, RouterConfig, ScheduleStyle, ServerEntry,
+};
 use crate::table::Phase;
 
 /// Names the place of a mistake: in a file, or nowhere.
@@ -14,16 +17,24 @@ type At<'a> = &'a dyn Fn(&str, String) -> ConfigError;
 
 const LATER: &str = "is not available yet";
 
-impl RouterConfig {
-    /// Reads one of our own files and checks it.
-    ///
-    /// # Errors
-    /// The first mistake, with its line.
-    pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        Self::from_document(&Document::read_toml(path)?)
-    }
+/// Reads one of our own files, and the key file it names.
+///
+/// # Errors
+/// The first mistake, with its line.
+pub(super) fn load(path: &Path) -> Result<Loaded, ConfigError> {
+    let document = Document::read_toml(path)?;
+    let config = RouterConfig::from_document(&document)?;
+    let keys = match &config.auth.internal_request_auth_key_file {
+        None => Keys::none(),
+        Some(file) => Keys::load(file).map_err(|error| {
+            document.error("auth.internal_request_auth_key_file", error.to_string())
+        })?,
+    };
+    Ok(Loaded { config, keys, without_effect: Vec::new() })
+}
 
-    /// The same from a text, such as one that came over the network.
+impl RouterConfig {
+    /// Reads the text of one of our own files and checks it.
     ///
     /// # Errors
     /// The first mistake, with its line.
