@@ -1,7 +1,8 @@
 //! What both daemons ask of the operating system at start.
-#![expect(unsafe_code, reason = "setting the environment is unsafe once a second thread runs")]
+#![expect(unsafe_code, reason = "environment and network interfaces are C interfaces")]
 
-use std::ffi::OsStr;
+use std::ffi::{CStr, OsStr};
+use std::net::IpAddr;
 use std::num::NonZeroUsize;
 
 /// Why the environment was left alone.
@@ -47,6 +48,51 @@ pub fn cores_available() -> NonZeroUsize {
     std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
 }
 
+/// IP addresses of a network interface, in the system's order; none if there is no such interface.
+///
+/// # Errors
+/// What the system says when it cannot list interfaces.
+pub fn interface_addresses(name: &str) -> std::io::Result<Vec<IpAddr>> {
+    let mut list = std::ptr::null_mut();
+    // SAFETY: `list` is a place for one pointer, which is given back below.
+    if unsafe { libc::getifaddrs(&raw mut list) } != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    let mut found = Vec::new();
+    let mut next: *const libc::ifaddrs = list;
+    // SAFETY: null, or an entry of the list, which lives until `freeifaddrs`.
+    while let Some(entry) = unsafe { next.as_ref() } {
+        // SAFETY: every entry has a name that ends with a zero byte.
+        let own = unsafe { CStr::from_ptr(entry.ifa_name) };
+        if own.to_bytes() == name.as_bytes() {
+            found.extend(address_of(entry));
+        }
+        next = entry.ifa_next;
+    }
+    // SAFETY: what `getifaddrs` gave, once; nothing of it is used any more.
+    unsafe { libc::freeifaddrs(list) };
+    Ok(found)
+}
+
+/// An interface's IP address, if this entry has one.
+fn address_of(entry: &libc::ifaddrs) -> Option<IpAddr> {
+    // SAFETY: null, or a socket address of some family.
+    let family = i32::from(unsafe { entry.ifa_addr.as_ref() }?.sa_family);
+    match family {
+        libc::AF_INET => {
+            // SAFETY: the family says that it is an IPv4 address; read as bytes, as it may not be aligned.
+            let address = unsafe { entry.ifa_addr.cast::<libc::sockaddr_in>().read_unaligned() };
+            Some(IpAddr::from(address.sin_addr.s_addr.to_ne_bytes()))
+        }
+        libc::AF_INET6 => {
+            // SAFETY: the family says that it is an IPv6 address; read as bytes, as it may not be aligned.
+            let address = unsafe { entry.ifa_addr.cast::<libc::sockaddr_in6>().read_unaligned() };
+            Some(IpAddr::from(address.sin6_addr.s6_addr))
+        }
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -60,6 +106,13 @@ mod tests {
         assert!(other.join().unwrap().is_err());
         assert!(matches!(result, Err(EnvironmentError::ThreadsRunning(count)) if count > 1));
         assert_eq!(std::env::var_os("BATON_TEST_NEVER_SET"), None);
+    }
+
+    #[test]
+    fn the_loopback_interface_has_a_loopback_address() {
+        let all = interface_addresses("lo").unwrap();
+        assert!(!all.is_empty() && all.iter().all(IpAddr::is_loopback), "{all:?}");
+        assert!(interface_addresses("no-such-interface").unwrap().is_empty());
     }
 
     #[test]

@@ -113,6 +113,10 @@ impl Args {
     ) -> Result<WorkerConfig, ConfigError> {
         let (mut config, document) = match &self.config {
             None => (WorkerConfig::default(), None),
+            Some(path) if config::is_yaml(path) => {
+                let (config, document) = WorkerConfig::read_yaml(path)?;
+                (config, Some(document))
+            }
             Some(path) => {
                 let document = Document::read_toml(path)?;
                 (document.parse()?, Some(document))

@@ -2,6 +2,8 @@
 //!
 //! Keys whose feature is not built yet are refused, never ignored. Nothing here touches the network or a device.
 
+mod trtllm;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -41,6 +43,9 @@ pub struct WorkerConfig {
     pub auth: AuthSection,
     /// `[log]`
     pub log: LogSection,
+    /// Keys of a `trtllm-serve` file that were accepted without effect, for one warning.
+    #[serde(skip)]
+    pub without_effect: Vec<String>,
 }
 
 /// `[server]`
@@ -85,6 +90,8 @@ pub struct KvSection {
     pub block_tokens: u32,
     /// Size of the pool on the CPU.
     pub pool: Bytes,
+    /// Tokens the pool holds at most; 0 = what `pool` holds.
+    pub max_tokens: u32,
     /// Size of the pool on a GPU, as a share of what is free.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub free_gpu_memory_fraction: Option<f64>,
@@ -137,8 +144,21 @@ pub struct AuthSection {
     /// One key a line: the first signs, all verify.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub internal_request_auth_key_file: Option<PathBuf>,
+    /// The one key of a `trtllm-serve` file.
+    #[serde(skip)]
+    pub internal_request_auth_key: Option<Secret>,
     /// Lets a worker be reached from other machines without a key.
     pub allow_unauthenticated_peers: bool,
+}
+
+/// Text that is never printed.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(pub String);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret(..)")
+    }
 }
 
 /// `[log]`
@@ -165,6 +185,7 @@ impl Default for WorkerConfig {
             nixl: NixlSection::default(),
             auth: AuthSection::default(),
             log: LogSection::default(),
+            without_effect: Vec::new(),
         }
     }
 }
@@ -195,6 +216,7 @@ impl Default for KvSection {
         Self {
             block_tokens: 32,
             pool: Bytes::mib(512),
+            max_tokens: 0,
             free_gpu_memory_fraction: None,
             prefix_cache: false,
             max_leased_fraction: None,
@@ -271,8 +293,7 @@ impl WorkerConfig {
 
     /// Whoever is reachable from other machines must be able to tell its peers.
     fn validate_exposure(&self) -> Result<(), ConfigError> {
-        let allowed = self.auth.allow_unauthenticated_peers
-            || self.auth.internal_request_auth_key_file.is_some();
+        let allowed = self.auth.allow_unauthenticated_peers || self.auth.has_key();
         if allowed || !self.is_exposed() {
             return Ok(());
         }
@@ -385,6 +406,10 @@ impl HandoverSection {
             let rule = "must be the name of a network interface, as in `eth0`";
             return Err(broken("handover.advertise", Some(self.advertise.clone()), rule));
         }
+        if self.max_tokens_in_buffer != 0 {
+            let key = "handover.max_tokens_in_buffer";
+            return Err(not_yet(key, self.max_tokens_in_buffer, "use 0"));
+        }
         positive("handover.lease_timeout", self.lease_timeout)?;
         positive("handover.pull_timeout", self.pull_timeout)
     }
@@ -416,6 +441,13 @@ impl NixlSection {
             }
         }
         Ok(())
+    }
+}
+
+impl AuthSection {
+    /// Whether peers must show a key.
+    pub fn has_key(&self) -> bool {
+        self.internal_request_auth_key_file.is_some() || self.internal_request_auth_key.is_some()
     }
 }
 

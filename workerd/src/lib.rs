@@ -5,6 +5,7 @@
 //! computes), [`handover`] (how blocks move), [`api`] (what a client sees).
 
 pub mod api;
+pub mod assemble;
 pub mod backend;
 pub mod cli;
 pub mod config;

@@ -38,7 +38,7 @@ pub struct Worker {
     /// What fits.
     pub limits: Limits,
     /// Counts.
-    pub metrics: Metrics,
+    pub metrics: Arc<Metrics>,
     /// Peers that need not be asked who they are.
     pub is_connected: IsConnected,
     /// Ids for routers that send none.

@@ -1,5 +1,6 @@
 //! From generated tokens to text, in the request's own task; and what a model's tokenizer must offer for it.
 
+pub mod model;
 pub mod stop;
 pub mod stream;
 

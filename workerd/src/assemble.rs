@@ -1,0 +1,341 @@
+//! Puts a worker together: model, words, back end, transport, engine.
+//!
+//! In this order, so that what is cheap to find wrong is found first. Nothing is served here.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Component, Path};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use baton_shared::config::ConfigError;
+use baton_shared::id::{IdMint, Incarnation, WorkerId};
+use baton_shared::kv::fingerprint::{Architecture, Revision, fingerprint};
+use baton_shared::kv::layout::KvDtype;
+use baton_shared::os;
+use baton_shared::wire::auth::Keys;
+
+use crate::api::info::IterationStats;
+use crate::api::worker::{Limits, Worker, unix_seconds};
+use crate::backend::Backend;
+use crate::backend::cpu::{CpuBackend, CpuOptions, Simd};
+use crate::config::{Secret, WorkerConfig, not_yet};
+use crate::engine::{EngineConfig, EngineHandle, Parts, engine};
+use crate::handover::PeerAddress;
+use crate::handover::mover::{Mover, MoverHandle, MoverRegions, MoverSettings, OpenTransport};
+use crate::handover::nixl::{AgentRole, NixlLibrary, NixlSettings, NixlTransport, agent_name};
+use crate::kv::region::{EpochPage, KvRegion};
+use crate::metrics::Metrics;
+use crate::model::{self, Model, ModelSpec};
+use crate::text::model::ModelTexts;
+
+/// A worker that can be served, and what must be ended after it.
+pub struct Assembled {
+    /// For the API.
+    pub worker: Arc<Worker>,
+    /// Ends after the engine.
+    pub mover: MoverHandle,
+}
+
+/// Loads and starts everything; `address` is where HTTP will be served.
+///
+/// # Errors
+/// What is missing or does not work, with the file or setting.
+pub fn assemble(config: &WorkerConfig, address: SocketAddr) -> Result<Assembled> {
+    let keys =
+        match (&config.auth.internal_request_auth_key_file, &config.auth.internal_request_auth_key)
+        {
+            (Some(file), _) => Keys::load(file)?,
+            (None, Some(Secret(key))) => Keys::single(key.as_bytes()),
+            (None, None) => Keys::none(),
+        };
+    let library = NixlLibrary::load(config.nixl.library_dir.as_deref())?;
+    let path = Path::new(config.model.as_deref().unwrap_or_default());
+    refuse_hub_id(path)?;
+    let begun = Instant::now();
+    tracing::info!(path = %path.display(), "loading the model");
+    let model = model::load::load(path)?;
+    let texts = ModelTexts::open(path, &model.spec)
+        .with_context(|| format!("the tokenizer of `{}`", path.display()))?;
+    let fingerprint = fingerprint_of(config, &model, &texts);
+    let backend = cpu_backend(config, &model)?;
+    let spec = model.spec.clone();
+    drop(model);
+    tracing::info!(seconds = begun.elapsed().as_secs_f32(), simd = backend.simd(), "model ready");
+    let incarnation = Incarnation::random();
+    let id: WorkerId = address.to_string().parse()?;
+    let limits = limits(config, &spec, backend.pool());
+    let metrics = Arc::new(Metrics::new(config.role));
+    let (handle, seat) = engine(engine_config(config, &limits));
+    let epochs = EpochPage::new(backend.pool().layout.blocks as usize)?;
+    let transport = Transports { library, settings: nixl_settings(config), id: &id, incarnation };
+    let (mover, serve) =
+        transport.start(&handle, &metrics, backend.pool(), &epochs).context("hand-over")?;
+    seat.start(Parts {
+        backend: Box::new(backend),
+        epochs,
+        serve,
+        incarnation,
+        puller: Box::new(mover.clone()),
+    })
+    .context("the engine thread")?;
+    let known = mover.clone();
+    let worker = Worker {
+        engine: handle,
+        texts: Arc::new(texts),
+        names: served_names(config, path),
+        role: config.role,
+        id,
+        address: address.to_string(),
+        incarnation,
+        keys,
+        fingerprint,
+        limits,
+        metrics,
+        is_connected: Box::new(move |incarnation| known.is_connected(incarnation)),
+        mint: IdMint::new(rand::random(), rand::random()),
+        started: unix_seconds(),
+        iterations: IterationStats::default(),
+    };
+    Ok(Assembled { worker: Arc::new(worker), mover })
+}
+
+/// Where peers reach a worker that listens on `bound`: a wildcard is the advertised interface's address.
+///
+/// # Errors
+/// If there is no such interface, or it has no address.
+pub fn peer_address(config: &WorkerConfig, bound: SocketAddr) -> Result<SocketAddr> {
+    if !bound.ip().is_unspecified() {
+        return Ok(bound);
+    }
+    let interface = &config.handover.advertise;
+    let ip = if interface == "lo" {
+        IpAddr::V4(Ipv4Addr::LOCALHOST)
+    } else {
+        let all = os::interface_addresses(interface).context("network interfaces")?;
+        let Some(ip) = all.iter().find(|ip| ip.is_ipv4()).or(all.first()) else {
+            bail!(
+                "`handover.advertise` = `{interface}`: there is no such interface with an address"
+            );
+        };
+        *ip
+    };
+    Ok(SocketAddr::new(ip, bound.port()))
+}
+
+/// Hub ids come later; say so where a path that is not there looks like one.
+fn refuse_hub_id(path: &Path) -> Result<(), ConfigError> {
+    let parts = path.components().count();
+    let is_relative = path.components().all(|part| matches!(part, Component::Normal(_)));
+    let is_file = path.extension().is_some_and(|ending| ending == "gguf");
+    if parts == 2 && is_relative && !is_file && !path.exists() {
+        let instead = "there is no such folder, and hub ids are not downloaded; name a folder or a `.gguf` file";
+        return Err(not_yet("model", path.display(), instead));
+    }
+    Ok(())
+}
+
+/// How NIXL is started.
+struct Transports<'a> {
+    library: NixlLibrary,
+    settings: NixlSettings,
+    id: &'a WorkerId,
+    incarnation: Incarnation,
+}
+
+impl Transports<'_> {
+    fn start(
+        &self,
+        engine: &EngineHandle,
+        metrics: &Arc<Metrics>,
+        pool: &KvRegion,
+        epochs: &EpochPage,
+    ) -> Result<(MoverHandle, PeerAddress)> {
+        let regions = MoverRegions { pool: pool.region.clone(), epochs: epochs.region().clone() };
+        let (metrics, tell) = (Arc::clone(metrics), engine.mover_sink());
+        let sink = Box::new(move |event| {
+            metrics.mover_said(&event);
+            tell(event);
+        });
+        let (serve, move_) = (self.opener(AgentRole::Serve), self.opener(AgentRole::Move));
+        Ok(Mover::start(serve, move_, regions, sink, MoverSettings::default())?)
+    }
+
+    fn opener(&self, role: AgentRole) -> OpenTransport {
+        let (library, settings) = (self.library.clone(), self.settings.clone());
+        let name = agent_name(self.id, 0, role, &self.incarnation);
+        Box::new(move || {
+            let transport = NixlTransport::open(&library, &settings, name)?;
+            Ok(Box::new(transport) as Box<dyn crate::handover::Transport>)
+        })
+    }
+}
+
+fn nixl_settings(config: &WorkerConfig) -> NixlSettings {
+    NixlSettings {
+        interface: config.handover.advertise.clone(),
+        ports: config.nixl.ports().map(|(first, last)| first..=last),
+    }
+}
+
+fn fingerprint_of(config: &WorkerConfig, model: &Model, texts: &ModelTexts) -> [u8; 32] {
+    let spec = &model.spec;
+    let architecture = Architecture {
+        name: &spec.architecture,
+        layers: spec.layers,
+        hidden: spec.hidden,
+        ffn: spec.ffn,
+        heads: spec.heads,
+        kv_heads: spec.kv_heads,
+        head_dim: spec.head_dim,
+        vocab: spec.vocab,
+        rope_theta: spec.rope_theta,
+        rms_eps: spec.rms_eps,
+    };
+    let revision = match &config.model_revision {
+        Some(revision) => Revision::Configured(revision),
+        None => Revision::Content(model.content_hash),
+    };
+    fingerprint(&architecture, texts.hash(), KvDtype::Bf16, revision)
+}
+
+fn cpu_backend(config: &WorkerConfig, model: &Model) -> Result<CpuBackend> {
+    let spec = &model.spec;
+    let block_tokens = config.kv.block_tokens;
+    let vectors = u64::from(spec.layers) * u64::from(spec.kv_heads) * 2 * u64::from(block_tokens);
+    let block_bytes = vectors * u64::from(spec.head_dim) * KvDtype::Bf16.bytes();
+    let pool = config.kv.pool;
+    let most = match config.kv.max_tokens {
+        0 => u32::MAX,
+        tokens => (tokens / block_tokens).max(1),
+    };
+    let blocks = u32::try_from(pool.get() / block_bytes).unwrap_or(u32::MAX).min(most);
+    ensure!(
+        blocks > 0,
+        "`kv.pool` = `{pool}` is too small: one block of this model has {block_bytes} bytes"
+    );
+    let threads = match config.engine.threads {
+        0 => os::cores_available().get(),
+        threads => threads as usize,
+    };
+    let options = CpuOptions {
+        threads,
+        max_sequences: config.engine.max_sequences,
+        max_batch_tokens: match config.engine.max_batch_tokens {
+            0 => tokens_a_step(spec, threads),
+            tokens => tokens.max(config.engine.max_sequences),
+        },
+        blocks,
+        block_tokens,
+        simd: Simd::Auto,
+    };
+    Ok(CpuBackend::new(model, &options)?)
+}
+
+/// Tokens that take about 100 ms, so that a long prompt keeps nobody's next token waiting for longer.
+fn tokens_a_step(spec: &ModelSpec, threads: usize) -> u32 {
+    /// Additions and multiplications one thread does in a step, roughly.
+    const WORK: f64 = 4e9;
+    const BOUNDS: (f64, f64) = (64.0, 2048.0);
+    let (hidden, ffn) = (f64::from(spec.hidden), f64::from(spec.ffn));
+    let attention = 2.0 * f64::from(spec.query_width() + spec.kv_width()) * hidden;
+    let weights = f64::from(spec.layers) * (attention + 3.0 * ffn * hidden);
+    let tokens = WORK * threads as f64 / (2.0 * weights);
+    tokens.clamp(BOUNDS.0, BOUNDS.1) as u32 / 32 * 32
+}
+
+fn limits(config: &WorkerConfig, spec: &ModelSpec, pool: &KvRegion) -> Limits {
+    let block_tokens = pool.layout.block_tokens;
+    let leasable = f64::from(pool.layout.blocks) * config.max_leased_fraction();
+    let max_len = match config.engine.max_model_len {
+        0 => spec.max_len,
+        limit => limit.min(spec.max_len),
+    };
+    Limits {
+        max_len,
+        pool_tokens: pool.layout.blocks.saturating_mul(block_tokens),
+        leasable_tokens: (leasable as u32).saturating_mul(block_tokens),
+        block_tokens,
+    }
+}
+
+fn engine_config(config: &WorkerConfig, limits: &Limits) -> EngineConfig {
+    EngineConfig {
+        max_queue: config.server.max_queue as usize,
+        max_sequences: config.engine.max_sequences,
+        max_len: limits.max_len,
+        max_leased_fraction: config.max_leased_fraction(),
+        lease_timeout: config.handover.lease_timeout.duration(),
+        pull_timeout: config.handover.pull_timeout.duration(),
+        max_batch_tokens: match config.engine.max_batch_tokens {
+            0 => u32::MAX,
+            tokens => tokens,
+        },
+        ..EngineConfig::default()
+    }
+}
+
+/// The configured names, else one made from the model's.
+fn served_names(config: &WorkerConfig, path: &Path) -> Vec<String> {
+    if !config.served_model_names.is_empty() {
+        return config.served_model_names.clone();
+    }
+    let text = |part: &std::ffi::OsStr| part.to_string_lossy().into_owned();
+    let is_gguf = path.extension().is_some_and(|ending| ending == "gguf");
+    let name = if is_gguf {
+        path.file_stem().map(|stem| without_quantisation(&text(stem)).to_owned())
+    } else {
+        // `.` and `dir/..` have no name of their own.
+        let named = path.file_name().map(text);
+        named.or_else(|| path.canonicalize().ok()?.file_name().map(text))
+    };
+    vec![name.unwrap_or_else(|| path.to_string_lossy().into_owned())]
+}
+
+/// `SmolLM2-135M-Instruct.Q4_1` without `.Q4_1`; also with `-` before it.
+fn without_quantisation(stem: &str) -> &str {
+    let Some((name, suffix)) = stem.rsplit_once(['.', '-']) else { return stem };
+    let upper = suffix.to_ascii_uppercase();
+    let is_type = ["F16", "F32", "BF16"].contains(&&*upper)
+        || upper
+            .strip_prefix("IQ")
+            .or(upper.strip_prefix('Q'))
+            .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+    if is_type && !name.is_empty() { name } else { stem }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name_of(model: &str) -> String {
+        served_names(&WorkerConfig::default(), Path::new(model)).remove(0)
+    }
+
+    #[test]
+    fn a_model_is_called_like_its_file_or_folder() {
+        for (model, name) in [
+            ("/m/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"),
+            ("tiny-llama-Q8_0.gguf", "tiny-llama"),
+            ("llama-3-bf16.gguf", "llama-3"),
+            ("Qwen2.gguf", "Qwen2"),
+            ("model-v2.gguf", "model-v2"),
+            ("/models/tiny-4", "tiny-4"),
+            ("/models/tiny-4/", "tiny-4"),
+        ] {
+            assert_eq!(name_of(model), name);
+        }
+        let config =
+            WorkerConfig { served_model_names: vec!["a".into()], ..WorkerConfig::default() };
+        assert_eq!(served_names(&config, Path::new("b")), ["a"]);
+    }
+
+    #[test]
+    fn a_wildcard_address_is_replaced_by_one_that_peers_can_use() {
+        let config = WorkerConfig::default();
+        let address =
+            |text: &str| peer_address(&config, text.parse().unwrap()).unwrap().to_string();
+        assert_eq!(address("127.0.0.1:8001"), "127.0.0.1:8001");
+        assert_eq!(address("0.0.0.0:8001"), "127.0.0.1:8001");
+    }
+}
