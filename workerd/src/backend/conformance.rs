@@ -347,7 +347,7 @@ fn log_probabilities_come_only_where_asked_for(make: &dyn Fn() -> Box<dyn Backen
 
 fn broken_plans_are_refused(make: &dyn Fn() -> Box<dyn Backend>) {
     let breaks: [(&str, Break); 6] = [
-        ("no sequence", |plan, _| plan.seqs.clear()),
+        ("a slot twice", |plan, _| plan.seqs.push(plan.seqs[0].clone())),
         ("no such slot", |plan, backend| {
             plan.seqs[0].slot = Slot(backend.caps().max_sequences);
         }),

@@ -354,3 +354,6 @@ impl Scheduler {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

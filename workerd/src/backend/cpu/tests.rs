@@ -359,3 +359,17 @@ fn a_model_of_another_shape_is_refused() {
         assert!(matches!(check::model(&model), Err(message) if message.contains('`')));
     }
 }
+
+#[test]
+fn it_conforms() {
+    let model = tiny_model((WeightType::Q4_1, WeightType::Q8_0), None, (4, 2, 16));
+    let options = CpuOptions {
+        threads: 2,
+        max_sequences: 4,
+        max_batch_tokens: 16,
+        blocks: 32,
+        block_tokens: 8,
+        simd: Simd::Auto,
+    };
+    crate::backend::conformance::suite(&|| Box::new(CpuBackend::new(&model, &options).unwrap()));
+}
