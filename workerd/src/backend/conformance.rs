@@ -12,7 +12,7 @@ use crate::engine::step::{Input, Slot, SlotOpen, StepOut, StepPlan, StepSeq};
 /// Tokens generated for each comparison.
 const OUTPUT: usize = 6;
 
-/// Runs all checks. `make` gives equal back ends with at least 4 slots, 16 tokens a step and a pool of 32 blocks.
+/// Runs all checks. `make` gives equal back ends with at least 4 slots, 64 tokens a step and a pool of 32 blocks of 8.
 ///
 /// # Panics
 /// If a check fails.

@@ -88,6 +88,9 @@ fn sizes(plan: &StepPlan, caps: &Caps) -> Result<(), String> {
     if plan.seqs.len() > caps.max_sequences as usize {
         return Err(format!("{} sequences, at most {}", plan.seqs.len(), caps.max_sequences));
     }
+    if plan.seqs.is_empty() {
+        return Err("no sequence".into());
+    }
     let mut rows = 0_u64;
     for seq in &plan.seqs {
         rows += match &seq.input {

@@ -3,6 +3,7 @@
 mod formula;
 
 use super::*;
+use crate::backend::conformance;
 use crate::engine::sampling::SamplingParams;
 use crate::engine::step::{Slot, SlotOpen, StepSeq};
 use crate::model::{Layer, ModelSpec, Weight, WeightType};
@@ -258,6 +259,24 @@ fn a_sequence_gives_the_same_bits_in_every_way() {
                 assert_eq!(run(&model, &prompt, way), plain, "{dtype:?} {len} {way:?}");
             }
         }
+    }
+}
+
+#[test]
+fn a_cpu_back_end_keeps_the_contract() {
+    let model = tiny_model((WeightType::Q4_1, WeightType::Q8_0), None, (4, 2, 16));
+    for (threads, simd, block_tokens) in
+        [(1, Simd::Auto, 32), (2, Simd::Auto, 8), (1, Simd::Scalar, 16)]
+    {
+        let options = CpuOptions {
+            threads,
+            max_sequences: 4,
+            max_batch_tokens: 64,
+            blocks: 32,
+            block_tokens,
+            simd,
+        };
+        conformance::suite(&|| Box::new(CpuBackend::new(&model, &options).unwrap()));
     }
 }
 
