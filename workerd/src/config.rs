@@ -523,6 +523,29 @@ mod tests {
     }
 
     #[test]
+    fn the_shipped_files_hold_the_defaults_and_name_every_key() {
+        for (text, role, port) in [
+            (include_str!("../../config/workerd-context.toml"), Role::Context, 8001),
+            (include_str!("../../config/workerd-generation.toml"), Role::Generation, 8003),
+        ] {
+            let config = parse(text);
+            config.validate().unwrap();
+            let mut expected =
+                WorkerConfig { model: config.model.clone(), role, ..WorkerConfig::default() };
+            expected.server.listen = Listen::loopback(port);
+            assert_eq!(config, expected);
+            for (section, values) in toml::Table::try_from(&config).unwrap() {
+                let Some(values) = values.as_table() else { continue };
+                assert!(text.contains(&format!("\n[{section}]")), "{section}");
+                for key in values.keys() {
+                    let is_named = text.contains(&format!("\n{key} = "));
+                    assert_eq!(is_named, key != "prefix_cache", "{section}.{key}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn an_unknown_key_is_refused_in_every_section() {
         for section in ["", "[server]\n", "[engine]\n", "[kv]\n", "[handover]\n", "[nixl]\n"] {
             assert!(toml::from_str::<WorkerConfig>(&format!("{section}surprise = 1")).is_err());
