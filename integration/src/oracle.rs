@@ -66,9 +66,20 @@ pub struct Reading<'a> {
     rounding: KvRounding,
     /// Tokens read.
     len: usize,
-    /// Of each block, `[position][kv_head * head_dim]`.
-    keys: Vec<Vec<f32>>,
-    values: Vec<Vec<f32>>,
+    cache: Cache,
+    /// Another engine's cache of the same text, read instead of ours.
+    given: Option<&'a Cache>,
+    /// How far the given keys and values are from ours at most, in parts of the largest element of a vector.
+    distance: f32,
+}
+
+/// Keys (after RoPE) and values of a text: of each block, `[position][kv_head * head_dim]`.
+#[derive(Clone, Debug, Default)]
+pub struct Cache {
+    /// One a block.
+    pub keys: Vec<Vec<f32>>,
+    /// One a block.
+    pub values: Vec<Vec<f32>>,
 }
 
 /// One greedy step.
@@ -161,14 +172,24 @@ impl Oracle {
 
     /// Starts a text.
     pub fn read(&self, rounding: KvRounding) -> Reading<'_> {
-        let (keys, values) =
-            (vec![Vec::new(); self.blocks.len()], vec![Vec::new(); self.blocks.len()]);
-        Reading { oracle: self, rounding, len: 0, keys, values }
+        let none = vec![Vec::new(); self.blocks.len()];
+        let cache = Cache { keys: none.clone(), values: none };
+        Reading { oracle: self, rounding, len: 0, cache, given: None, distance: 0.0 }
     }
 
     /// Natural-log probabilities, `[vocab]`, of what follows `ids`.
     pub fn logprobs(&self, ids: &[u32], rounding: KvRounding) -> Vec<f32> {
         self.read(rounding).feed(ids)
+    }
+
+    /// As [`Oracle::logprobs`], with another engine's cache of `ids` read instead of ours; and how far its keys
+    /// and values are from those computed here at most, in parts of the largest element of a vector.
+    ///
+    /// With each side's own rounded cache two correct passes drift apart; this way they cannot.
+    pub fn logprobs_over(&self, ids: &[u32], cache: &Cache) -> (Vec<f32>, f32) {
+        let mut reading = Reading { given: Some(cache), ..self.read(KvRounding::F32) };
+        let logprobs = reading.feed(ids);
+        (logprobs, reading.distance)
     }
 
     /// The most probable continuation, token by token; it does not stop at an end of text.
@@ -254,9 +275,14 @@ impl Reading<'_> {
                 }
             }
         }
-        self.keys[i].extend(k);
-        self.values[i].extend(v);
-        let (keys, values, seen) = (&self.keys[i], &self.values[i], self.len);
+        if let Some(given) = self.given {
+            self.distance = self.distance.max(distance(&k, &given.keys[i], o.head_dim));
+            self.distance = self.distance.max(distance(&v, &given.values[i], o.head_dim));
+        }
+        self.cache.keys[i].extend(k);
+        self.cache.values[i].extend(v);
+        let cache = self.given.unwrap_or(&self.cache);
+        let (keys, values, seen) = (&cache.keys[i], &cache.values[i], self.len);
         in_parallel(q.len() / width, |tokens| {
             let mut out = Vec::with_capacity(tokens.len() * width);
             for t in tokens {
@@ -296,6 +322,18 @@ fn attend_head(
     out
 }
 
+/// The largest difference of two elements, in parts of the largest element of their vector.
+fn distance(ours: &[f32], theirs: &[f32], head_dim: usize) -> f32 {
+    assert_eq!(ours.len(), theirs.len(), "caches of different lengths");
+    let vectors = ours.chunks_exact(head_dim).zip(theirs.chunks_exact(head_dim));
+    let distance = vectors.map(|(ours, theirs)| {
+        let largest = ours.iter().fold(f32::MIN_POSITIVE, |m, x| m.max(x.abs()));
+        let apart = ours.iter().zip(theirs).map(|(x, y)| (x - y).abs());
+        apart.fold(0.0, f32::max) / largest
+    });
+    distance.fold(0.0, f32::max)
+}
+
 fn take(tensors: &mut BTreeMap<String, Matrix>, name: &str) -> Result<Matrix> {
     tensors.remove(name).with_context(|| format!("no tensor `{name}`"))
 }
@@ -330,22 +368,43 @@ fn add(x: &mut [f32], y: &[f32]) {
 
 /// `[token][cols]` → `[token][rows]`.
 fn multiply(weight: &Matrix, x: &[f32]) -> Vec<f32> {
-    let tokens = x.len() / weight.cols;
+    let tokens: Vec<&[f32]> = x.chunks_exact(weight.cols).collect();
+    let (fours, rest) = tokens.as_chunks::<4>();
     let by_row = in_parallel(weight.rows, |rows| {
-        let mut out = Vec::with_capacity(rows.len() * tokens);
+        let mut out = Vec::with_capacity(rows.len() * tokens.len());
         for r in rows {
             let row = weight.row(r);
-            out.extend(x.chunks_exact(weight.cols).map(|x| dot(row, x)));
+            out.extend(fours.iter().flat_map(|four| dot4(row, four)));
+            out.extend(rest.iter().map(|x| dot(row, x)));
         }
         out
     });
     let mut out = vec![0.0; by_row.len()];
-    for (r, row) in by_row.chunks_exact(tokens).enumerate() {
+    for (r, row) in by_row.chunks_exact(tokens.len()).enumerate() {
         for (t, value) in row.iter().enumerate() {
             out[t * weight.rows + r] = *value;
         }
     }
     out
+}
+
+/// [`dot`] of `a` with four vectors, so that `a` is loaded once for all.
+fn dot4(a: &[f32], b: &[&[f32]; 4]) -> [f32; 4] {
+    let n = a.len() / 8 * 8;
+    let [b0, b1, b2, b3] = b.map(|b| b[..n].as_chunks::<8>().0);
+    let [mut s0, mut s1, mut s2, mut s3] = [[0.0f32; 8]; 4];
+    let parts = a[..n].as_chunks::<8>().0.iter().zip(b0.iter().zip(b1)).zip(b2.iter().zip(b3));
+    for ((a, (b0, b1)), (b2, b3)) in parts {
+        for i in 0..8 {
+            s0[i] += a[i] * b0[i];
+            s1[i] += a[i] * b1[i];
+            s2[i] += a[i] * b2[i];
+            s3[i] += a[i] * b3[i];
+        }
+    }
+    let rest = b.map(|b| dot(&a[n..], &b[n..]));
+    let sums = [s0, s1, s2, s3].map(|s| s.iter().sum::<f32>());
+    std::array::from_fn(|t| sums[t] + rest[t])
 }
 
 /// 16 sums side by side, so that the compiler can use vectors.

@@ -22,6 +22,8 @@ pub struct Matrix {
     pub values: Vec<f32>,
 }
 
+type Read = fn(&[u8]) -> Vec<f32>;
+
 /// A GGUF file in memory.
 #[derive(Debug)]
 pub struct GgufFile {
@@ -57,7 +59,7 @@ impl GgufFile {
         let cols = info.dims[0] as usize;
         let rows = info.dims[1..].iter().product::<u64>() as usize;
         let n = rows * cols;
-        let (len, read): (usize, fn(&[u8]) -> Vec<f32>) = match info.kind {
+        let (len, read): (usize, Read) = match info.kind {
             0 => (n * 4, f32s),
             1 => (n * 2, f16s),
             3 => (n / 32 * 20, q4_1s),

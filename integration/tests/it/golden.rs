@@ -9,31 +9,31 @@ use serde::Deserialize;
 use baton_integration::files::demo_model;
 
 #[derive(Deserialize)]
-struct Golden {
-    cases: Vec<Case>,
+pub struct Golden {
+    pub cases: Vec<Case>,
 }
 
 #[derive(Deserialize)]
-struct Case {
-    prompt: String,
-    ids: Vec<u32>,
-    f32: Figures,
-    f32_bf16_kv: Figures,
+pub struct Case {
+    pub prompt: String,
+    pub ids: Vec<u32>,
+    pub f32: Figures,
+    pub f32_bf16_kv: Figures,
 }
 
 #[derive(Deserialize)]
-struct Figures {
+pub struct Figures {
     /// Id and natural-log probability, best first.
-    top: Vec<(u32, f32)>,
+    pub top: Vec<(u32, f32)>,
     /// Id and distance of the runner-up.
     #[serde(default)]
-    greedy_and_gap: Vec<(u32, f32)>,
+    pub greedy_and_gap: Vec<(u32, f32)>,
 }
 
 static ORACLE: LazyLock<Oracle> =
     LazyLock::new(|| Oracle::from_gguf(&demo_model().unwrap()).unwrap());
 
-fn golden() -> Golden {
+pub fn golden() -> Golden {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/smollm2-logprobs.json");
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
@@ -45,7 +45,7 @@ fn errors(case: &Case, figures: &Figures, rounding: KvRounding) -> Vec<f32> {
 }
 
 /// The value that `part` of all are not above.
-fn quantile(values: &mut [f32], part: f32) -> f32 {
+pub fn quantile(values: &mut [f32], part: f32) -> f32 {
     values.sort_by(f32::total_cmp);
     values[((values.len() - 1) as f32 * part).round() as usize]
 }
