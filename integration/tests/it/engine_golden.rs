@@ -103,7 +103,6 @@ fn assert_equal_over_the_same_cache(engine: &mut Engine, oracle: &Oracle, ids: &
     let got = engine.begin(ids);
     let (expected, distance) = oracle.logprobs_over(ids, &engine.cache());
     let error = quantile(&mut errors(&got, &expected), 1.0);
-    println!("{} tokens: error {error}, keys and values {distance} apart", ids.len());
     assert!(error <= 1e-3, "{} tokens: {error}", ids.len());
     // Half a bf16 step is at most 1/256 of an element.
     assert!(distance <= 1.1 / 256.0, "{} tokens: {distance}", ids.len());

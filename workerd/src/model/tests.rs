@@ -200,7 +200,8 @@ fn what_a_folder_asks_for_and_is_not_supported_is_named() {
 fn a_tensor_that_is_missing_misshapen_of_another_type_or_unknown_is_named() {
     let folder = tempfile::tempdir().unwrap();
     write_folder(folder.path(), &config());
-    let check = |dtype, change: &dyn Fn(&mut Vec<(String, Vec<usize>)>), rule: &str| {
+    type Change<'a> = &'a dyn Fn(&mut Vec<(String, Vec<usize>)>);
+    let check = |dtype, change: Change<'_>, rule: &str| {
         let mut tensors = hf_tensors();
         change(&mut tensors);
         let bytes = safetensors_bytes(&tensors, dtype);
