@@ -191,7 +191,7 @@ impl Change {
 const OPEN: u64 = 0;
 const SHUT: u64 = u64::MAX;
 
-/// A worker's health: a record that only [`Health::apply`] changes, and its result for the hot path.
+/// A worker's health: a record that only `Health::apply` changes, and its result for the hot path.
 #[derive(Debug)]
 pub struct Health {
     record: Mutex<Record>,

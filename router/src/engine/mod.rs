@@ -1,6 +1,6 @@
 //! One request from head to done: the handle that a proxy, ours or a foreign one, calls.
 //!
-//! [`Router::handle`] reads the body, lets [`route`] drive both hops while the client is watched, and writes the
+//! [`Router::handle`] reads the body, lets `route` drive both hops while the client is watched, and writes the
 //! answer. Point of no return = the answer's head has been handed to the client: before it every failure may move
 //! to another worker, after it nothing is repeated.
 
