@@ -21,6 +21,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::{MoverEvent, PeerAddress, PullId, PullJob, Transport, TransportError};
 use crate::kv::region::Region;
+pub use peers::PeersSeen;
 use pulls::Pulls;
 
 /// Makes a transport on the mover thread.
@@ -99,6 +100,7 @@ struct Shared {
     /// Pulls accepted and not ended yet, settling included.
     unfinished: AtomicUsize,
     rebuilds: AtomicU64,
+    seen: Mutex<PeersSeen>,
     connected: Mutex<HashSet<Incarnation>>,
 }
 
@@ -108,6 +110,7 @@ impl Shared {
             accepting: Mutex::new(true),
             unfinished: AtomicUsize::new(0),
             rebuilds: AtomicU64::new(0),
+            seen: Mutex::new(PeersSeen::default()),
             connected: Mutex::new(HashSet::new()),
         }
     }
@@ -204,6 +207,11 @@ impl MoverHandle {
     /// How often the `move` agent was rebuilt.
     pub fn rebuilds(&self) -> u64 {
         self.shared.rebuilds.load(Ordering::Relaxed)
+    }
+
+    /// Peers by the way their bytes come, since the start: found out with a peer's second request.
+    pub fn peers_seen(&self) -> PeersSeen {
+        *lock(&self.shared.seen)
     }
 
     /// Pulls under way, those that are settling included.
@@ -329,6 +337,7 @@ impl Thread {
     /// Hands events out and keeps the shared figures; whether there were any.
     fn publish(&mut self) -> bool {
         self.shared.rebuilds.store(self.pulls.rebuilds(), Ordering::Relaxed);
+        *lock(&self.shared.seen) = self.pulls.peers_seen();
         if let Some(connected) = self.pulls.connected_if_changed() {
             *lock(&self.shared.connected) = connected;
         }

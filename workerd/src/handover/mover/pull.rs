@@ -34,13 +34,15 @@ pub(super) struct Part {
     pub running: Vec<Request>,
 }
 
+/// What is in flight.
 pub(super) struct Request {
     pub id: TransferId,
     pub runs: Vec<CopyRun>,
-    pub posted: Instant,
-    pub polled: bool,
+    /// Posted after an earlier request of that peer had ended.
+    pub warm: bool,
 }
 
+/// Where a pull stands.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
     Blocks,

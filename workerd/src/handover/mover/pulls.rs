@@ -16,7 +16,7 @@ use baton_shared::wire::error::ErrorCode;
 use super::super::{
     MoverEvent, Op, PeerAddress, PeerId, PullId, PullJob, TransferState, Transport, TransportError,
 };
-use super::peers::{Peers, Sample};
+use super::peers::{Peers, PeersSeen, Room};
 use super::pull::{Failure, Part, Pull, Request, Stage, requests, unreachable};
 use super::{MoverError, MoverSettings, write_notice};
 use crate::kv::region::Region;
@@ -65,6 +65,10 @@ impl Pulls {
 
     pub fn rebuilds(&self) -> u64 {
         self.rebuilds
+    }
+
+    pub fn peers_seen(&self) -> PeersSeen {
+        self.peers.seen()
     }
 
     pub fn take_events(&mut self) -> Vec<MoverEvent> {
@@ -178,7 +182,7 @@ impl Pulls {
     }
 
     fn advance(&mut self, pull: &mut Pull, now: Instant) -> bool {
-        let (mut progress, failed) = self.collect(pull, now);
+        let (mut progress, failed) = self.collect(pull);
         if let Stage::Settling { .. } = pull.stage {
             if pull.in_flight() == 0 {
                 self.settle(pull);
@@ -205,7 +209,7 @@ impl Pulls {
             };
         }
         if self.pause_until.is_none() {
-            match self.post(pull, now) {
+            match self.post(pull) {
                 Ok(posted) => progress |= posted,
                 Err(failure) => self.give_up(pull, failure, now),
             }
@@ -214,27 +218,21 @@ impl Pulls {
     }
 
     /// Takes ended requests out; whether there were any, and why one failed.
-    fn collect(&mut self, pull: &mut Pull, now: Instant) -> (bool, Option<String>) {
+    fn collect(&mut self, pull: &mut Pull) -> (bool, Option<String>) {
         let (mut progress, mut failed) = (false, None);
         for part in &mut pull.parts {
-            let Some(peer) = self.peers.get_mut(part.peer) else { continue };
-            let mut sample = Sample::default();
-            part.running.retain_mut(|request| {
-                let first_look = !std::mem::replace(&mut request.polled, true);
+            part.running.retain(|request| {
                 match self.transport.poll(request.id) {
                     TransferState::Running => return true,
-                    TransferState::Done => sample.add(request, now, first_look),
+                    TransferState::Done => self.peers.done(part.peer, request, false),
                     TransferState::Failed(reason) => {
-                        peer.broken = true;
+                        self.peers.failed(part.peer);
                         failed = Some(reason);
                     }
                 }
-                peer.in_flight -= 1;
                 progress = true;
                 false
             });
-            peer.suspect &= peer.in_flight > 0;
-            peer.note_transport(&sample);
         }
         (progress, failed)
     }
@@ -287,24 +285,36 @@ impl Pulls {
     }
 
     /// Posts what the peers' windows allow; whether anything was posted.
-    fn post(&mut self, pull: &mut Pull, now: Instant) -> Result<bool, Failure> {
+    fn post(&mut self, pull: &mut Pull) -> Result<bool, Failure> {
         let (worker, mut progress) = (&pull.worker, false);
         for part in &mut pull.parts {
-            let Some(peer) = self.peers.get_mut(part.peer) else {
-                return Err(unreachable(worker, "the connection to it was lost"));
-            };
-            if peer.broken && !part.waiting.is_empty() {
-                return Err(unreachable(worker, "another transfer from it failed"));
-            }
-            while peer.in_flight < self.settings.window {
+            while !part.waiting.is_empty() {
+                match self.peers.room(part.peer, self.settings.window) {
+                    Room::Free => {}
+                    Room::Full => break,
+                    Room::Closed => {
+                        return Err(unreachable(worker, "the connection to it was lost"));
+                    }
+                }
                 let Some(runs) = part.waiting.pop_front() else { break };
-                let id = self.transport.post(Op::Read, part.peer, &runs).map_err(|error| {
-                    peer.broken |= matches!(error, TransportError::Unreachable { .. });
+                let posted = self.transport.post(Op::Read, part.peer, &runs);
+                let id = posted.map_err(|error| {
+                    if let TransportError::Unreachable { .. } = error {
+                        self.peers.lost(part.peer);
+                    }
                     unreachable(worker, &error.to_string())
                 })?;
-                peer.in_flight += 1;
-                part.running.push(Request { id, runs, posted: now, polled: false });
                 progress = true;
+                let request = Request { id, runs, warm: self.peers.posted(part.peer) };
+                // A copy out of the peer's memory is over already.
+                match self.transport.poll(id) {
+                    TransferState::Running => part.running.push(request),
+                    TransferState::Done => self.peers.done(part.peer, &request, true),
+                    TransferState::Failed(reason) => {
+                        self.peers.failed(part.peer);
+                        return Err(unreachable(worker, &reason));
+                    }
+                }
             }
         }
         Ok(progress)
@@ -312,9 +322,7 @@ impl Pulls {
 
     fn abandon(&mut self, pull: &mut Pull, now: Instant) {
         for part in pull.parts.iter().filter(|part| !part.running.is_empty()) {
-            if let Some(peer) = self.peers.get_mut(part.peer) {
-                peer.suspect = true;
-            }
+            self.peers.suspect(part.peer);
         }
         let message = format!(
             "reading the blocks of worker `{}` did not end within {:?}",

@@ -168,10 +168,13 @@ fn requests_are_bounded_in_size_and_number() {
     let settings = MoverSettings { max_request: 2 * bytes, window: 3, ..MoverSettings::default() };
     let mut reader = Reader::new(settings);
     let mut owner = reader.owner("ctx", 1);
+    reader.net.hold("ctx");
     // Every second block: no two are neighbours.
     let (from, to): (Vec<u32>, Vec<u32>) = (0..24).map(|at| (2 * at, 63 - at)).unzip();
     reader.pull(&mut owner, 1, &from, &to);
     reader.pull(&mut owner, 2, &from[..2], &[0, 1]);
+    assert!(reader.run().is_empty());
+    reader.net.let_go("ctx");
     let events = reader.run();
     assert_eq!(events.len(), 2, "{events:?}");
     assert_eq!(reader.net.most_in_flight("ctx"), 3);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::handover::conformance::{self, PATIENCE};
-use crate::handover::mover::{Mover, MoverHandle, MoverRegions, MoverSettings};
+use crate::handover::mover::{Mover, MoverHandle, MoverRegions, MoverSettings, PeersSeen};
 use crate::handover::offer::{self, Identity, OfferedLease};
 use crate::handover::pull::copy_runs;
 use crate::handover::{MoverEvent, PullId, PullJob};
@@ -289,16 +289,18 @@ fn ports_and_interfaces_that_cannot_be_are_refused() {
 
 #[test]
 fn blocks_move_between_processes_by_shared_memory() {
-    hand_over(&[]);
+    let seen = PeersSeen { shared_memory: 2, network: 0 };
+    assert_eq!(hand_over(&[]), format!("{seen:?}"));
 }
 
 #[test]
 fn blocks_move_between_processes_over_tcp() {
-    hand_over(&[OVER_TCP]);
+    let seen = PeersSeen { shared_memory: 0, network: 2 };
+    assert_eq!(hand_over(&[OVER_TCP]), format!("{seen:?}"));
 }
 
-/// One context worker dies and starts again, while the generation worker lives on.
-fn hand_over(variables: &[(&str, &str)]) {
+/// One context worker dies and starts again, while the generation worker lives on; says how its bytes came.
+fn hand_over(variables: &[(&str, &str)]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     let mut first = Running::start("child_offers", "first", folder, variables);
@@ -313,6 +315,7 @@ fn hand_over(variables: &[(&str, &str)]) {
     put_file(folder, "stop", "");
     second.succeed();
     println!("{}", fs::read_to_string(folder.join("figures")).unwrap());
+    fs::read_to_string(folder.join("seen")).unwrap()
 }
 
 const BLOCKS: u32 = 1024;
@@ -450,6 +453,7 @@ fn child_pulls() {
     );
     assert!(matches!(pull("second", 4), MoverEvent::Pulled { .. }));
     assert!(arrived("second"));
+    put_file(&folder, "seen", &format!("{:?}", handle.peers_seen()));
     assert!(handle.shutdown());
     put_file(&folder, "figures", &figures.join("\n"));
 }
