@@ -52,7 +52,7 @@ pub struct MoverSettings {
     pub settle_timeout: Duration,
     /// How long healthy requests may take to end before a rebuild ends them (they are posted again).
     pub rebuild_pause: Duration,
-    /// How often notifications are looked for when nothing moves.
+    /// How seldom notifications are looked for at most, when nothing has moved for a while.
     pub idle_poll: Duration,
     /// How long the agents may take to come up, and the thread to end.
     pub start_stop_timeout: Duration,
@@ -66,7 +66,7 @@ impl Default for MoverSettings {
             max_pulls: 1024,
             settle_timeout: Duration::from_secs(30),
             rebuild_pause: Duration::from_secs(1),
-            idle_poll: Duration::from_millis(5),
+            idle_poll: Duration::from_millis(20),
             start_stop_timeout: Duration::from_secs(30),
         }
     }
@@ -279,22 +279,19 @@ impl Thread {
     }
 
     fn run(&mut self) {
-        let mut waits = Waits::new(Instant::now());
+        let mut waits = Waits::new(Instant::now(), self.settings.idle_poll);
         let mut listened = None;
-        let mut mute = false;
+        let mut ear = Ear::default();
         loop {
             let now = Instant::now();
+            let mut progress = false;
             if listened.is_none_or(|at| now.duration_since(at) >= Self::BUSY_POLL) {
-                mute = self.listen(mute);
+                progress |= self.listen(&mut ear);
                 listened = Some(now);
             }
-            let progress = self.pulls.step(now) | self.publish();
-            let patience = if self.pulls.is_idle() {
-                waits = Waits::new(now);
-                self.settings.idle_poll
-            } else {
-                waits.next(now, progress)
-            };
+            progress |= self.pulls.step(now);
+            progress |= self.publish();
+            let patience = waits.next(now, self.pulls.is_idle(), progress);
             let mut command = match self.inbox.recv_timeout(patience) {
                 Ok(command) => Some(command),
                 Err(RecvTimeoutError::Timeout) => None,
@@ -319,19 +316,22 @@ impl Thread {
         ControlFlow::Continue(())
     }
 
-    /// Passes on leases that were read; says once when the agent stops working. Returns whether it does not work.
-    fn listen(&mut self, mute: bool) -> bool {
-        let mut messages = Vec::new();
-        if let Err(error) = self.serve.notifications(&mut messages) {
-            if !mute {
-                tracing::error!(%error, "no notifications arrive any more, leases end by time only");
+    /// Passes on leases that were read; whether there was any.
+    fn listen(&mut self, ear: &mut Ear) -> bool {
+        ear.messages.clear();
+        let taken = self.serve.notifications(&mut ear.messages);
+        match (&taken, ear.deaf) {
+            (Err(error), false) => {
+                tracing::error!(%error, "no notifications arrive, leases end by time only");
             }
-            return true;
+            (Ok(()), true) => tracing::info!("notifications arrive again"),
+            (Err(_), true) | (Ok(()), false) => {}
         }
-        for lease in messages.iter().filter_map(|(_, message)| read_notice(message)) {
+        ear.deaf = taken.is_err();
+        for lease in ear.messages.iter().filter_map(|(_, message)| read_notice(message)) {
             (self.sink)(MoverEvent::LeaseRead(lease));
         }
-        false
+        !ear.messages.is_empty()
     }
 
     /// Hands events out and keeps the shared figures; whether there were any.
@@ -348,6 +348,13 @@ impl Thread {
     }
 }
 
+/// What listening keeps between two times.
+#[derive(Default)]
+struct Ear {
+    messages: Vec<(String, Vec<u8>)>,
+    deaf: bool,
+}
+
 fn deliver(shared: &Shared, sink: &Sink, events: Vec<MoverEvent>) {
     for event in events {
         let ended = match event {
@@ -362,32 +369,37 @@ fn deliver(shared: &Shared, sink: &Sink, events: Vec<MoverEvent>) {
     }
 }
 
-/// How long to wait for a command between two polls: not at all for 30 us after something moved (spinning longer
-/// takes the core from the side that copies), then 10 us, doubling to 200 us.
+/// How long to wait for a command between two polls. While blocks move: not at all for 30 us after something ended
+/// (spinning longer takes the core from the side that copies), then 10 us, doubling to 200 us. Otherwise 1 ms after the
+/// last notice, doubling to the setting: a lease that ends a little later harms nobody.
 struct Waits {
     moved: Instant,
-    next: Duration,
+    busy: Duration,
+    idle: Duration,
+    longest: Duration,
 }
 
 impl Waits {
     const SPIN: Duration = Duration::from_micros(30);
-    const FIRST: Duration = Duration::from_micros(10);
-    const LAST: Duration = Duration::from_micros(200);
+    const BUSY: [Duration; 2] = [Duration::from_micros(10), Duration::from_micros(200)];
+    const IDLE: Duration = Duration::from_millis(1);
 
-    fn new(now: Instant) -> Self {
-        Self { moved: now, next: Self::FIRST }
+    fn new(now: Instant, longest: Duration) -> Self {
+        Self { moved: now, busy: Self::BUSY[0], idle: Self::IDLE.min(longest), longest }
     }
 
-    fn next(&mut self, now: Instant, progress: bool) -> Duration {
+    fn next(&mut self, now: Instant, is_idle: bool, progress: bool) -> Duration {
         if progress {
-            *self = Self::new(now);
+            *self = Self::new(now, self.longest);
         }
-        if now.duration_since(self.moved) < Self::SPIN {
+        let (wait, last) = if is_idle {
+            (&mut self.idle, self.longest)
+        } else if now.duration_since(self.moved) < Self::SPIN {
             return Duration::ZERO;
-        }
-        let wait = self.next;
-        self.next = (wait * 2).min(Self::LAST);
-        wait
+        } else {
+            (&mut self.busy, Self::BUSY[1])
+        };
+        std::mem::replace(wait, (*wait * 2).min(last))
     }
 }
 
