@@ -27,6 +27,10 @@ use super::worker::Worker;
 
 /// Largest body.
 const MAX_BODY: usize = 32 << 20;
+/// Longer bodies are read off the threads that serve connections.
+const LONG_BODY: usize = 256 << 10;
+/// Upstream's mark of a body that is no JSON.
+const MSGPACK_HEADER: &str = "x-trtllm-msgpack";
 /// A body must be whole after this.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -90,8 +94,9 @@ async fn prepare(
     counted: &mut Counted,
 ) -> Result<Job, ApiError> {
     let body = read_body(headers, body).await?;
-    let request = Request::parse(endpoint, &body, rand::random())?;
-    drop(body);
+    let is_long = body.len() > LONG_BODY;
+    let parse = move || Request::parse(endpoint, &body, rand::random());
+    let request = if is_long { off_the_loop(parse).await? } else { parse()? };
     counted.is_part(&request.part);
     worker.check_model(&request.model)?;
     Job::prepare(worker, request).await
@@ -133,6 +138,18 @@ async fn generate(
     }
 }
 
+/// Runs what takes long beside the threads that serve connections.
+///
+/// # Errors
+/// What the work gives.
+pub async fn off_the_loop<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|_| Err(ApiError::new(ErrorCode::Internal, "this request met a bug")))
+}
+
 /// The body, if it is not compressed, not too long, and comes in time.
 ///
 /// # Errors
@@ -141,6 +158,10 @@ pub async fn read_body(headers: &HeaderMap, body: Body) -> Result<Bytes, ApiErro
     let encoding = headers.get(header::CONTENT_ENCODING).map(HeaderValue::as_bytes);
     if encoding.is_some_and(|encoding| !encoding.eq_ignore_ascii_case(b"identity")) {
         let message = "the body must not be compressed";
+        return Err(ApiError::new(ErrorCode::UnsupportedEncoding, message));
+    }
+    if headers.contains_key(MSGPACK_HEADER) {
+        let message = "MessagePack is not available yet: send JSON";
         return Err(ApiError::new(ErrorCode::UnsupportedEncoding, message));
     }
     let collected = tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect());

@@ -6,6 +6,7 @@ use baton_shared::wire::error::ErrorCode;
 
 use super::answer::{AnswerRules, EndRules};
 use super::error::ApiError;
+use super::generate::off_the_loop;
 use super::request::{Endpoint, Part, PromptSource, Request};
 use super::worker::{Limits, Worker};
 use crate::engine::StopRule;
@@ -86,10 +87,7 @@ async fn tokens(texts: &Arc<dyn Texts>, source: PromptSource) -> Result<Vec<u32>
         return tokenise(texts.as_ref(), source);
     }
     let texts = Arc::clone(texts);
-    let task = tokio::task::spawn_blocking(move || tokenise(texts.as_ref(), source));
-    task.await.unwrap_or_else(|_| {
-        Err(ApiError::new(ErrorCode::Internal, "the prompt could not be tokenised"))
-    })
+    off_the_loop(move || tokenise(texts.as_ref(), source)).await
 }
 
 fn tokenise(texts: &dyn Texts, source: PromptSource) -> Result<Vec<u32>, ApiError> {

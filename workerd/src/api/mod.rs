@@ -26,6 +26,7 @@ mod shape;
 mod takeover;
 #[cfg(test)]
 mod tests;
+mod trace;
 pub mod worker;
 
 use std::sync::Arc;
@@ -55,6 +56,7 @@ pub fn router(worker: Arc<Worker>) -> Router {
         .route("/kv_cache_events", events)
         .fallback(unknown_path)
         .method_not_allowed_fallback(unknown_method)
+        .layer(axum::middleware::from_fn(trace::tie))
         .with_state(worker)
 }
 

@@ -34,14 +34,19 @@ async fn bad_requests_name_what_is_wrong() {
     let headers = [("content-encoding", "gzip")];
     let packed = worker.send("POST", PATH, b"x".to_vec(), &headers).await;
     assert_eq!(packed.error(), (415, "unsupported_encoding".to_owned()));
+    let headers = [("x-trtllm-msgpack", "1")];
+    let packed = worker.send("POST", PATH, b"x".to_vec(), &headers).await;
+    assert_eq!(packed.error(), (415, "unsupported_encoding".to_owned()));
     assert_eq!(worker.get("/nowhere").await.error(), (404, "not_found".to_owned()));
     assert_eq!(worker.get(PATH).await.error(), (405, "method_not_allowed".to_owned()));
     worker.until_all_free().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_body_that_is_too_long_is_refused() {
+async fn long_bodies_are_read_and_too_long_ones_refused() {
     let worker = Running::start(&LocalNet::new()).await;
+    let long = completion(json!({"max_tokens": 2, "user": "x".repeat(1 << 20)}));
+    assert_eq!(worker.post(PATH, &long).await.status, 200);
     let answer = worker.send("POST", PATH, vec![b' '; (32 << 20) + 1], &[]).await;
     assert_eq!(answer.error(), (413, "body_too_large".to_owned()));
 }
