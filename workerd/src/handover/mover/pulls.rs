@@ -284,11 +284,12 @@ impl Pulls {
         });
     }
 
-    /// Posts what the peers' windows allow; whether anything was posted.
+    /// Posts what the peers' windows allow, and at most a window's worth: where a post copies, a long pull would
+    /// keep everything else waiting. Whether anything was posted.
     fn post(&mut self, pull: &mut Pull) -> Result<bool, Failure> {
         let (worker, mut progress) = (&pull.worker, false);
         for part in &mut pull.parts {
-            while !part.waiting.is_empty() {
+            for _ in 0..self.settings.window.min(part.waiting.len()) {
                 match self.peers.room(part.peer, self.settings.window) {
                     Room::Free => {}
                     Room::Full => break,

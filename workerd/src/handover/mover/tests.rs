@@ -189,6 +189,21 @@ fn run(len: u64) -> baton_shared::kv::layout::CopyRun {
 }
 
 #[test]
+fn a_short_pull_is_not_kept_waiting_by_a_long_one() {
+    let bytes = block_bytes() as u64;
+    let mut reader = Reader::new(MoverSettings { max_request: bytes, ..MoverSettings::default() });
+    let mut owner = reader.owner("ctx", 1);
+    let (from, to): (Vec<u32>, Vec<u32>) = (0..24).map(|at| (2 * at, 63 - at)).unzip();
+    reader.pull(&mut owner, 1, &from, &to);
+    reader.pull(&mut owner, 2, &from[..1], &[0]);
+    let ended = reader.run().into_iter().map(|event| match event {
+        MoverEvent::Pulled { id, .. } => id,
+        other => panic!("{other:?}"),
+    });
+    assert_eq!(ended.collect::<Vec<_>>(), [PullId(2), PullId(1)]);
+}
+
+#[test]
 fn a_pull_past_its_deadline_is_abandoned_and_its_peer_suspect_until_it_settles() {
     let mut reader = Reader::new(MoverSettings::default());
     let mut owner = reader.owner("ctx", 1);
