@@ -83,8 +83,8 @@ async fn a_lease_is_read_once() {
 #[tokio::test]
 async fn a_released_or_expired_lease_is_gone() {
     let pair = pair(toml! { [handover]
-        lease_timeout = "1s"
-        pull_timeout = "900ms" })
+    lease_timeout = "1s"
+    pull_timeout = "900ms" })
     .await;
     let prompt = token_ids(2, 70, pair.model.vocab);
     let request = pair.hop(&prompt, ID).await;
@@ -190,7 +190,8 @@ async fn a_dead_context_worker_is_named_unreachable() {
     assert!(["kv_peer_unreachable", "kv_transfer_timeout"].contains(&code.as_str()), "{code}");
     let generation = &pair.running.cluster.workers[1];
     eventually(Duration::from_secs(2), "its blocks are free again", || async {
-        (blocks(generation, "free").await > 0.0 && blocks(generation, "used").await == 0.0
+        (blocks(generation, "free").await > 0.0
+            && blocks(generation, "used").await == 0.0
             && blocks(generation, "in_flight").await == 0.0)
             .then_some(())
     })

@@ -2,5 +2,14 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
 mod checkpoints;
+mod departures;
 mod engine_golden;
+mod equality;
 mod golden;
+mod handover;
+mod openai_client;
+mod router_faults;
+mod spine;
+mod startup;
+mod support;
+mod tiny;

@@ -30,7 +30,9 @@ async fn scene(contexts: usize, generations: usize, over: Table) -> Scene {
     for (role, count) in [contexts, generations].into_iter().enumerate() {
         for _ in 0..count {
             let mock = MockWorker::start(true, 4).await.unwrap();
-            let server = toml::Value::Table([("url".to_owned(), mock.address.to_string().into())].into_iter().collect());
+            let server = toml::Value::Table(
+                [("url".to_owned(), mock.address.to_string().into())].into_iter().collect(),
+            );
             servers[role].push(server);
             workers[role].push(mock);
         }
@@ -95,15 +97,28 @@ async fn text(client: Client) -> String {
 async fn both_hops_carry_what_the_protocol_says() {
     let scene = scene(1, 1, Table::new()).await;
     let mut request = ask();
-    request["disaggregated_params"] = json!({"request_type": "generation_only", "ctx_request_id": 1});
+    request["disaggregated_params"] =
+        json!({"request_type": "generation_only", "ctx_request_id": 1});
     request["stream"] = json!(true);
-    let events = scene.client().stream("/v1/completions", &request).await.unwrap().events().await.unwrap();
-    let text: String = events.iter().map(|one| one["choices"][0]["text"].as_str().unwrap()).collect();
+    let events =
+        scene.client().stream("/v1/completions", &request).await.unwrap().events().await.unwrap();
+    let text: String =
+        events.iter().map(|one| one["choices"][0]["text"].as_str().unwrap()).collect();
     assert_eq!(text, "A 0 1 2 3");
     let context = scene.contexts[0].requests().pop().unwrap();
-    assert_eq!(context.param("request_type"), "context_only", "a client's own params never reach a worker");
-    assert_eq!((&context.body["stream"], &context.body["stream_options"]), (&json!(false), &Value::Null));
-    assert_eq!((&context.body["prompt"], &context.body["user"]), (&json!("hello"), &json!("someone")));
+    assert_eq!(
+        context.param("request_type"),
+        "context_only",
+        "a client's own params never reach a worker"
+    );
+    assert_eq!(
+        (&context.body["stream"], &context.body["stream_options"]),
+        (&json!(false), &Value::Null)
+    );
+    assert_eq!(
+        (&context.body["prompt"], &context.body["user"]),
+        (&json!("hello"), &json!("someone"))
+    );
     let id = context.param("disagg_request_id").as_u64().unwrap();
     assert!(id >= 1 << 40);
     let generation = scene.generations[0].requests().pop().unwrap();
@@ -111,7 +126,10 @@ async fn both_hops_carry_what_the_protocol_says() {
     assert_eq!(generation.param("disagg_request_id"), id);
     assert_eq!(generation.param("first_gen_tokens"), &json!([65]));
     assert_eq!(generation.param("ctx_usage")["prompt_tokens"], 3);
-    assert_eq!((&generation.body["prompt"], &generation.body["stream"]), (&json!([1, 2, 3]), &json!(true)));
+    assert_eq!(
+        (&generation.body["prompt"], &generation.body["stream"]),
+        (&json!([1, 2, 3]), &json!(true))
+    );
     assert_eq!(context.headers["x-request-id"], generation.headers["x-request-id"]);
     let trace = |seen: &baton_integration::mock_worker::Seen| {
         seen.headers["traceparent"].to_str().unwrap()[..35].to_owned()
@@ -137,15 +155,20 @@ async fn chat_keeps_its_messages_and_gains_the_prompt_ids() {
 #[tokio::test]
 async fn a_context_server_that_fails_is_replaced_and_gets_a_new_id() {
     let scene = scene(2, 1, Table::new()).await;
-    for fault in [Behaviour::Close, refusal(500, "internal_error"), refusal(503, "pool_exhausted")] {
+    for fault in [Behaviour::Close, refusal(500, "internal_error"), refusal(503, "pool_exhausted")]
+    {
         scene.contexts[0].behave(fault);
         for _ in 0..4 {
             assert_eq!(text(scene.client()).await, "A 0 1 2 3");
         }
         scene.contexts[0].behave(Behaviour::Serve);
     }
-    let mut ids: Vec<u64> = scene.contexts.iter().flat_map(MockWorker::requests)
-        .map(|seen| seen.param("disagg_request_id").as_u64().unwrap()).collect();
+    let mut ids: Vec<u64> = scene
+        .contexts
+        .iter()
+        .flat_map(MockWorker::requests)
+        .map(|seen| seen.param("disagg_request_id").as_u64().unwrap())
+        .collect();
     let count = ids.len();
     ids.sort_unstable();
     ids.dedup();
@@ -215,10 +238,11 @@ async fn an_early_stop_is_answered_from_the_context_answer() {
     assert!(answer.get("prompt_token_ids").is_none(), "{answer}");
     let chat = json!({"model": "mock", "messages": [{"role": "user", "content": "x"}], "stream": true,
         "stream_options": {"include_usage": true}});
-    let events = scene.client().stream("/v1/chat/completions", &chat).await.unwrap().events().await.unwrap();
+    let events =
+        scene.client().stream("/v1/chat/completions", &chat).await.unwrap().events().await.unwrap();
     assert_eq!(events[0]["choices"][0]["delta"]["role"], "assistant");
-    let text: String = events.iter()
-        .filter_map(|one| one["choices"][0]["delta"]["content"].as_str()).collect();
+    let text: String =
+        events.iter().filter_map(|one| one["choices"][0]["delta"]["content"].as_str()).collect();
     assert_eq!(text, "A");
     assert!(events.iter().any(|one| one["choices"][0]["finish_reason"] == "stop"));
     assert_eq!(events.last().unwrap()["usage"]["completion_tokens"], 1);
@@ -253,7 +277,11 @@ async fn a_client_that_leaves_cancels_the_worker_and_releases_the_lease() {
     let scene = scene(1, 1, Table::new()).await;
     // In the context hop.
     scene.contexts[0].behave(Behaviour::Hang);
-    let left = tokio::time::timeout(Duration::from_millis(200), scene.client().post("/v1/completions", &ask())).await;
+    let left = tokio::time::timeout(
+        Duration::from_millis(200),
+        scene.client().post("/v1/completions", &ask()),
+    )
+    .await;
     assert!(left.is_err());
     eventually(Duration::from_secs(2), "the context request is cancelled", || async {
         (scene.contexts[0].cancelled() == 1).then_some(())
@@ -262,7 +290,11 @@ async fn a_client_that_leaves_cancels_the_worker_and_releases_the_lease() {
     // Before the first token of the generation hop.
     scene.contexts[0].behave(Behaviour::Serve);
     scene.generations[0].behave(Behaviour::Hang);
-    let left = tokio::time::timeout(Duration::from_millis(200), scene.client().post("/v1/completions", &ask())).await;
+    let left = tokio::time::timeout(
+        Duration::from_millis(200),
+        scene.client().post("/v1/completions", &ask()),
+    )
+    .await;
     assert!(left.is_err());
     eventually(Duration::from_secs(2), "the generation request is cancelled", || async {
         (scene.generations[0].cancelled() == 1).then_some(())
@@ -308,17 +340,27 @@ async fn without_usable_workers_it_says_so_in_time_and_recovers() {
 
 #[tokio::test]
 async fn wrong_requests_are_refused_by_the_router_in_openais_form() {
-    let scene = scene(1, 1, toml! { [limits]
-        max_body = "1KiB" })
+    let scene = scene(
+        1,
+        1,
+        toml! { [limits]
+        max_body = "1KiB" },
+    )
     .await;
     let client = scene.client();
     let post = |body: &'static str| async move {
         let stream = client.send(http::Method::POST, "/v1/completions", &[], body.into()).await;
         stream.unwrap().whole().await.unwrap()
     };
-    for body in ["", "not json", "[1]", "{\"prompt\": \"x\"", "{\"a\":1} x", "{\"str\\u0065am\":true}"] {
+    for body in
+        ["", "not json", "[1]", "{\"prompt\": \"x\"", "{\"a\":1} x", "{\"str\\u0065am\":true}"]
+    {
         let answer = post(body).await;
-        assert_eq!((answer.status, answer.error_code().unwrap()), (400, "invalid_request".into()), "{body}");
+        assert_eq!(
+            (answer.status, answer.error_code().unwrap()),
+            (400, "invalid_request".into()),
+            "{body}"
+        );
     }
     let long = json!({"model": "mock", "prompt": "x".repeat(5000)});
     let answer = client.post("/v1/completions", &long).await.unwrap();

@@ -46,16 +46,30 @@ async fn a_wrong_configuration_names_file_line_key_and_rule() {
     let unknown = at("unknown.toml", "[server]\nlisten = \"127.0.0.1:1\"\n[kv]\npol = \"1MiB\"\n");
     refuses("baton-workerd", &["--config", &unknown], 78, &["unknown.toml:4", "pol", "pool"]).await;
     let unit = at("unit.toml", "model = \"x\"\n[handover]\npull_timeout = \"10 parsecs\"\n");
-    refuses("baton-workerd", &["--config", &unit], 78, &["unit.toml:3", "pull_timeout", "10 parsecs"]).await;
+    refuses(
+        "baton-workerd",
+        &["--config", &unit],
+        78,
+        &["unit.toml:3", "pull_timeout", "10 parsecs"],
+    )
+    .await;
     let role = at("role.toml", "model = \"x\"\nrole = \"prefill\"\n");
     refuses("baton-workerd", &["--config", &role], 78, &["role.toml:2", "role", "context"]).await;
     let later = at("later.toml", "model = \"x\"\n[handover]\nnixl_backend = \"LIBFABRIC\"\n");
-    refuses("baton-workerd", &["--config", &later], 78, &["later.toml:3", "nixl_backend", "LIBFABRIC"]).await;
+    refuses(
+        "baton-workerd",
+        &["--config", &later],
+        78,
+        &["later.toml:3", "nixl_backend", "LIBFABRIC"],
+    )
+    .await;
     let router = at("router.toml", "[routing]\nattemps = 3\n");
-    refuses("baton-router", &["--config", &router], 78, &["router.toml:2", "attemps", "attempts"]).await;
+    refuses("baton-router", &["--config", &router], 78, &["router.toml:2", "attemps", "attempts"])
+        .await;
     let yaml = at("disagg.yaml", "hostname: localhost\nport: 8000\ncontext_server:\n  urls: []\n");
     refuses("baton-router", &["-c", &yaml], 78, &["disagg.yaml:3", "context_server"]).await;
-    refuses("baton-router", &["--config", "/nowhere/at/all.toml"], 78, &["/nowhere/at/all.toml"]).await;
+    refuses("baton-router", &["--config", "/nowhere/at/all.toml"], 78, &["/nowhere/at/all.toml"])
+        .await;
     refuses("baton-workerd", &["--no-such-flag"], 2, &["--no-such-flag"]).await;
     refuses("baton-router", &[], 2, &["--config"]).await;
     refuses("baton-up", &[&at("up.toml", "[router]\n")], 78, &["[[worker]]"]).await;
@@ -77,7 +91,11 @@ async fn a_missing_or_damaged_model_is_named() {
     for model in ["half.gguf", "noise.gguf", "empty", "missing.gguf"] {
         let output = serve(path(model)).await;
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(matches!(output.status.code(), Some(1 | 78)), "{model}: {:?} {text}", output.status);
+        assert!(
+            matches!(output.status.code(), Some(1 | 78)),
+            "{model}: {:?} {text}",
+            output.status
+        );
         assert!(text.contains(model), "{model}: {text}");
         assert!(!text.contains("panicked"), "{text}");
     }
@@ -164,10 +182,13 @@ async fn the_commands_of_the_documentation_that_is_replaced_start_a_cluster() {
         ready(process, *client).await;
     }
     let text = std::fs::read_to_string(examples.join("disagg_config.yaml")).unwrap();
-    let text = text.replace("8000", &ports[2].to_string()).replace("8001", &ports[0].to_string())
+    let text = text
+        .replace("8000", &ports[2].to_string())
+        .replace("8001", &ports[0].to_string())
         .replace("8003", &ports[1].to_string());
     let config = file(folder.path(), "disagg_config.yaml", &text);
-    let mut router = Program::new("baton-router", "router", ["-c", &config]).spawn(folder.path()).unwrap();
+    let mut router =
+        Program::new("baton-router", "router", ["-c", &config]).spawn(folder.path()).unwrap();
     let client = Client::new(([127, 0, 0, 1], ports[2]).into());
     ready(&mut router, client).await;
     let request = json!({"model": model.name, "prompt": "NVIDIA is a great company because",
@@ -183,16 +204,20 @@ async fn the_commands_of_the_documentation_that_is_replaced_start_a_cluster() {
 async fn baton_up_shows_an_answer_and_ends_well() {
     let folder = tempfile::tempdir().unwrap();
     let text = std::fs::read_to_string(files::top().join("config/cluster.toml")).unwrap();
-    let mut text = text.replace(".deps/models", files::top().join(".deps/models").to_str().unwrap());
+    let mut text =
+        text.replace(".deps/models", files::top().join(".deps/models").to_str().unwrap());
     for port in ["8000", "9000", "8001", "8002", "8003"] {
         text = text.replace(port, &free_port().unwrap().to_string());
     }
     let config = file(folder.path(), "cluster.toml", &text);
     let logs = folder.path().join("logs");
-    let output = run("baton-up", &[&config, "--try", "--once", "--logs", logs.to_str().unwrap()]).await;
+    let output =
+        run("baton-up", &[&config, "--try", "--once", "--logs", logs.to_str().unwrap()]).await;
     let out = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{out}{}", String::from_utf8_lossy(&output.stderr));
-    for word in ["NVIDIA is a great company because", "computed 8 prompt tokens", "pulled 8 prompt tokens"] {
+    for word in
+        ["NVIDIA is a great company because", "computed 8 prompt tokens", "pulled 8 prompt tokens"]
+    {
         assert!(out.contains(word), "`{word}` is not in: {out}");
     }
 }

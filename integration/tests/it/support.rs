@@ -122,7 +122,9 @@ fn outcome(chunks: &[Value], usage: &Value) -> Outcome {
         let logprobs = &choice["logprobs"];
         let list = |key: &str| logprobs[key].as_array().cloned().unwrap_or_default();
         joined.tokens.extend(list("tokens").iter().map(|one| one.as_str().unwrap().to_owned()));
-        joined.token_logprobs.extend(list("token_logprobs").iter().map(|one| one.as_f64().unwrap()));
+        joined
+            .token_logprobs
+            .extend(list("token_logprobs").iter().map(|one| one.as_f64().unwrap()));
         joined.top_logprobs.extend(list("top_logprobs"));
     }
     joined
