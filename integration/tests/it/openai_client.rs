@@ -1,23 +1,21 @@
 //! The official OpenAI Python client against the router and against a worker.
 
 use std::net::SocketAddr;
-use std::process::Stdio;
+use std::process::Command;
 use std::time::Duration;
 
 use baton_integration::files;
 
-use crate::support::{all_free, start};
+use crate::support::{all_free, finished, start};
 
 async fn drive(address: SocketAddr) {
     let script = files::top().join("integration/tests/openai_client.py");
-    let output = tokio::process::Command::new("python3")
+    let mut command = Command::new("python3");
+    command
         .arg(script)
         .args([format!("http://{address}/v1"), "SmolLM2-135M-Instruct".to_owned()])
-        .env("PYTHONPATH", files::dep("python").unwrap())
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    let output = tokio::time::timeout(Duration::from_secs(120), output).await.unwrap().unwrap();
+        .env("PYTHONPATH", files::dep("python").unwrap());
+    let output = finished(command).await;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
     assert_eq!(text(&output.stdout).trim(), "all well");

@@ -2,7 +2,7 @@
 
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Output, Stdio};
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use baton_integration::client::Client;
@@ -10,16 +10,13 @@ use baton_integration::files;
 use baton_integration::process::{Process, Program, free_port};
 use serde_json::json;
 
-use crate::support::{READY, STOP};
+use crate::support::{READY, STOP, finished};
 use crate::tiny;
 
 async fn run(binary: &str, args: &[&str]) -> Output {
-    let output = tokio::process::Command::new(files::binary(binary).unwrap())
-        .args(args)
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    tokio::time::timeout(Duration::from_secs(30), output).await.expect("it ends").unwrap()
+    let mut command = Command::new(files::binary(binary).unwrap());
+    command.args(args);
+    finished(command).await
 }
 
 /// Runs it and checks exit code and words.

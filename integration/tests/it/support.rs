@@ -1,7 +1,10 @@
 //! What the topics share: a cluster in a folder of its own, requests, and answers in a form that can be compared.
 
+use std::fs::File;
+use std::io::{Read, Seek};
 use std::path::Path;
-use std::time::Duration;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use baton_integration::client::Client;
 use baton_integration::cluster::{Cluster, Member, Plan};
@@ -140,4 +143,32 @@ pub fn token_ids(seed: u64, count: usize, vocab: u64) -> Vec<u64> {
         state % vocab
     };
     (0..count).map(|_| next()).collect()
+}
+
+/// Runs a command to its end, which must come within two minutes.
+pub async fn finished(mut command: Command) -> Output {
+    let run = move || {
+        let [mut out, mut err] = [(), ()].map(|()| tempfile::tempfile().unwrap());
+        command.stdin(Stdio::null());
+        command.stdout(out.try_clone().unwrap()).stderr(err.try_clone().unwrap());
+        let mut child = command.spawn().unwrap();
+        let begun = Instant::now();
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            if begun.elapsed() > Duration::from_secs(120) {
+                child.kill().unwrap();
+                panic!("{command:?} does not end");
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        let read = |file: &mut File| {
+            let mut bytes = Vec::new();
+            file.rewind().and_then(|()| file.read_to_end(&mut bytes)).unwrap();
+            bytes
+        };
+        Output { status, stdout: read(&mut out), stderr: read(&mut err) }
+    };
+    tokio::task::spawn_blocking(run).await.unwrap()
 }
