@@ -7,6 +7,7 @@ mod engine_golden;
 mod equality;
 mod golden;
 mod handover;
+mod mixed;
 mod openai_client;
 mod router_faults;
 mod spine;
