@@ -278,6 +278,8 @@ fn generation(
                 && index == events
             {
                 unfinished.finish();
+                // What was sent before is to be on its way: an error at once would take it along.
+                let _ = tokio::time::timeout(Duration::from_millis(50), pieces.closed()).await;
                 let _ = pieces.send(Err(std::io::Error::other("broken as scripted"))).await;
                 return;
             }

@@ -5,11 +5,12 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use baton_integration::client::{Answer, Client};
+use baton_integration::cluster::{Cluster, Plan};
 use baton_integration::eventually::eventually;
 use serde_json::{Value, json};
 use toml::toml;
 
-use crate::support::{Running, all_free, blocks, complete, start, token_ids};
+use crate::support::{READY, Running, STOP, all_free, blocks, complete, start, token_ids};
 use crate::tiny::{self, Tiny};
 
 const PATH: &str = "/v1/completions";
@@ -164,18 +165,15 @@ async fn a_record_that_was_changed_or_is_of_another_request_is_refused() {
 async fn a_record_of_another_model_is_incompatible() {
     let pair = pair(toml::Table::new()).await;
     let other = tiny::model(8);
-    let foreign = start(&other.path, 0, 1, toml! { served_model_names = ["tiny-4"] });
-    let foreign = foreign_worker(foreign).await;
+    let folder = tempfile::tempdir().unwrap();
+    let mut plan = Plan::local(&other.path, 0, 1, &toml! { served_model_names = ["tiny-4"] }).unwrap();
+    plan.router = None;
+    let foreign = Cluster::start(&plan, folder.path(), READY).await.unwrap();
     let request = pair.hop(&token_ids(5, 70, pair.model.vocab), ID).await;
-    let answer = foreign.cluster.workers[0].client().post(PATH, &request).await.unwrap();
+    let answer = foreign.workers[0].client().post(PATH, &request).await.unwrap();
     assert_eq!((answer.status, answer.error_code().unwrap()), (409, "kv_incompatible".into()));
-    foreign.stop();
+    foreign.stop(STOP).unwrap();
     pair.running.stop();
-}
-
-/// A lone worker: the router that `start` would put before it has no context server.
-async fn foreign_worker(start: impl Future<Output = Running>) -> Running {
-    start.await
 }
 
 #[tokio::test]

@@ -22,7 +22,6 @@ pub const STOP: Duration = Duration::from_secs(20);
 /// A cluster and the folder it lives in.
 pub struct Running {
     pub cluster: Cluster,
-    pub plan: Plan,
     pub folder: TempDir,
 }
 
@@ -33,7 +32,7 @@ pub async fn start(model: &Path, contexts: usize, generations: usize, worker: Ta
     loop {
         let plan = Plan::local(model, contexts, generations, &worker).unwrap();
         match Cluster::start(&plan, folder.path(), READY).await {
-            Ok(cluster) => return Running { cluster, plan, folder },
+            Ok(cluster) => return Running { cluster, folder },
             // Somebody else took a port between our looking and the daemon's binding.
             Err(error) if tries < 3 && format!("{error:#}").contains("in use") => tries += 1,
             Err(error) => panic!("{error:#}"),

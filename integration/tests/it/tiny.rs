@@ -1,10 +1,10 @@
 //! Tiny random models, written once a test run.
 
-use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 use baton_integration::tiny_model::TinyModel;
-use tempfile::TempDir;
 
 /// A tiny model on disk.
 pub struct Tiny {
@@ -15,12 +15,13 @@ pub struct Tiny {
 
 /// One with 4 or 8 KV heads.
 pub fn model(kv_heads: u32) -> Tiny {
-    static FOLDER: OnceLock<TempDir> = OnceLock::new();
-    let folder = FOLDER.get_or_init(|| tempfile::tempdir().unwrap());
+    static WRITTEN: LazyLock<Mutex<HashSet<u32>>> = LazyLock::new(Mutex::default);
+    // Held while writing, so that nobody reads half a model.
+    let mut written = WRITTEN.lock().unwrap_or_else(PoisonError::into_inner);
     let name = format!("tiny-{kv_heads}");
-    let path = folder.path().join(&name);
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(&name);
     let tiny = TinyModel { kv_heads, ..TinyModel::default() };
-    if !path.exists() {
+    if written.insert(kv_heads) {
         tiny.write(&path).unwrap();
     }
     Tiny { path, name, vocab: u64::from(tiny.vocab) }
