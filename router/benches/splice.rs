@@ -18,12 +18,14 @@ const ID: DisaggRequestId = DisaggRequestId(1 << 62);
 fn main() {
     println!("{:>10} {:>12} {:>14} {:>12}", "prompt", "hop", "splice µs", "serde ×");
     for (name, bytes) in [("1 KiB", 1 << 10), ("32 KiB", 32 << 10), ("1 MiB", 1 << 20)] {
-        let prompt: String = "It was a dark\n night, \"he\" said. ".chars().cycle().take(bytes).collect();
+        let prompt: String =
+            "It was a dark\n night, \"he\" said. ".chars().cycle().take(bytes).collect();
         let body = Bytes::from(
             json!({"model": "M", "prompt": prompt, "max_tokens": 16, "stream": true}).to_string(),
         );
         let answer = Bytes::from(context_answer(bytes / 4).to_string());
-        let request = ClientRequest::parse(Api::Completions, body.clone()).expect("it is an object");
+        let request =
+            ClientRequest::parse(Api::Completions, body.clone()).expect("it is an object");
         let ours = measure(|| {
             let request = ClientRequest::parse(Api::Completions, body.clone());
             request.expect("it is an object").context(ID)
@@ -47,7 +49,8 @@ fn row(prompt: &str, hop: &str, ours: Duration, values: Duration) {
 fn measure<T>(mut work: impl FnMut() -> T) -> Duration {
     let once = Instant::now();
     black_box(work());
-    let rounds = (Duration::from_millis(10).as_nanos() / once.elapsed().as_nanos().max(1)).clamp(1, 100_000);
+    let rounds =
+        (Duration::from_millis(10).as_nanos() / once.elapsed().as_nanos().max(1)).clamp(1, 100_000);
     let rounds = u32::try_from(rounds).expect("at most 100,000");
     let batch = |_| {
         let start = Instant::now();

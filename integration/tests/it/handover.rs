@@ -166,7 +166,8 @@ async fn a_record_of_another_model_is_incompatible() {
     let pair = pair(toml::Table::new()).await;
     let other = tiny::model(8);
     let folder = tempfile::tempdir().unwrap();
-    let mut plan = Plan::local(&other.path, 0, 1, &toml! { served_model_names = ["tiny-4"] }).unwrap();
+    let mut plan =
+        Plan::local(&other.path, 0, 1, &toml! { served_model_names = ["tiny-4"] }).unwrap();
     plan.router = None;
     let foreign = Cluster::start(&plan, folder.path(), READY).await.unwrap();
     let request = pair.hop(&token_ids(5, 70, pair.model.vocab), ID).await;

@@ -103,7 +103,7 @@ fn check_contradictions(file: &Yaml, name: &str) -> Result<(), ConfigError> {
     };
     for (key, value) in own {
         let is_changed = |(other, node): &(String, Node)| other == key && node != value;
-        if top.iter().any(|pair| is_changed(pair)) {
+        if top.iter().any(is_changed) {
             let rule = format!("is also set for the whole file, to another value (`{key}`)");
             return Err(file.document.error(&join_path(name, key), rule));
         }

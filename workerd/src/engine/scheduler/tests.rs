@@ -18,6 +18,9 @@ const LIMITS: Limits = Limits {
     watermark: 2,
 };
 
+/// `(start, inputs, sampled)` of one sequence in a step.
+type Part = (u32, u32, bool);
+
 struct Bench {
     scheduler: Scheduler,
     plan: StepPlan,
@@ -59,8 +62,7 @@ impl Bench {
         self.scheduler.admit(self.now).started
     }
 
-    /// `(start, inputs, sampled)` of each sequence in the next step.
-    fn plan(&mut self) -> Option<(PlannedStep, Vec<(u32, u32, bool)>)> {
+    fn plan(&mut self) -> Option<(PlannedStep, Vec<Part>)> {
         let step = self.scheduler.plan(&mut self.plan)?;
         let seqs = self.plan.seqs.iter();
         Some((step, seqs.map(|seq| (seq.start, seq.input.len(), seq.sample)).collect()))
@@ -76,7 +78,7 @@ impl Bench {
         }
     }
 
-    fn step(&mut self) -> Vec<(u32, u32, bool)> {
+    fn step(&mut self) -> Vec<Part> {
         let (step, seqs) = self.plan().unwrap();
         self.collect(&step);
         seqs
