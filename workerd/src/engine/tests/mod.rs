@@ -2,6 +2,7 @@
 
 mod ends;
 mod handover;
+mod movers;
 mod outputs;
 
 use std::sync::{Arc, Mutex};
@@ -60,19 +61,29 @@ impl Puller for TestPuller {
 
 impl Rig {
     fn new(config: EngineConfig, fake: FakeConfig) -> Self {
+        let jobs = Arc::<Mutex<Jobs>>::default();
+        let serve = PeerAddress { agent: "fake/serve".to_owned(), metadata: vec![1, 2, 3] };
+        let puller = Box::new(TestPuller(Arc::clone(&jobs)));
+        Self::start(config, fake, jobs, |_, _, _| (puller, serve))
+    }
+
+    /// With the mover that `connect` makes for the engine's pool and epochs.
+    fn start(
+        config: EngineConfig,
+        fake: FakeConfig,
+        jobs: Arc<Mutex<Jobs>>,
+        connect: impl FnOnce(&EngineHandle, &KvRegion, &EpochPage) -> (Box<dyn Puller>, PeerAddress),
+    ) -> Self {
         let backend = FakeBackend::new(fake).unwrap();
         let (handle, seat) = engine(config);
         let script = backend.script();
         let kv = backend.pool().clone();
         let epochs = EpochPage::new(kv.layout.blocks as usize).unwrap();
         let incarnation = Incarnation::random();
-        let jobs = Arc::<Mutex<Jobs>>::default();
-        let serve = PeerAddress { agent: "fake/serve".to_owned(), metadata: vec![1, 2, 3] };
-        let puller = Box::new(TestPuller(Arc::clone(&jobs)));
-        let epochs_of_engine = epochs.clone();
+        let (puller, serve) = connect(&handle, &kv, &epochs);
         seat.start(Parts {
             backend: Box::new(backend),
-            epochs: epochs_of_engine,
+            epochs: epochs.clone(),
             serve,
             incarnation,
             puller,
