@@ -10,6 +10,7 @@ mod run;
 pub mod sampling;
 mod scheduler;
 mod sequence;
+mod softmax;
 pub mod status;
 pub mod step;
 #[cfg(test)]

@@ -1,13 +1,13 @@
 //! How a token is chosen: parameters, and the host sampler that every back end without one of its own uses.
 //!
 //! A choice is a pure function of (parameters, history, logits): the random number belongs to (seed, output
-//! position), sums have one order, and `exp` is our own. So it is the same alone or batched, on one worker or two.
+//! position), and [`softmax`] gives the same bits everywhere. So it is the same alone or batched, on one worker or two.
 //! A logit that is not a number counts as minus infinity.
 
-use std::cmp::Ordering;
 use std::collections::HashMap;
 
 use super::philox;
+use super::softmax::{self, argmax};
 use super::step::{Sampled, Slot, StepOut};
 
 /// Parameters of one sequence; validated by the API, so every value is in range here.
@@ -97,20 +97,18 @@ impl Sampler {
 
     /// Chooses a token by `logits` (one a vocabulary id, spoilt by this), appends it to `out` and to the history.
     pub fn sample(&mut self, slot: Slot, logits: &mut [f32], out: &mut StepOut) {
-        for logit in logits.iter_mut().filter(|logit| logit.is_nan()) {
-            *logit = f32::NEG_INFINITY;
-        }
         let (token, logprob, rank, top) = match self.params.logprobs {
             None => (self.choose(logits), 0.0, 0, out.top.len()..out.top.len()),
             Some(alternatives) => {
                 let raw = logits.to_vec();
-                let log_sum = log_sum_exp(&raw);
+                let log_sum = softmax::log_sum_exp(&raw);
                 let token = self.choose(logits);
                 let rank = rank_of(token, &raw);
                 let from = out.top.len();
-                let best = best_tokens(&raw, alternatives as usize);
-                out.top.extend(best.map(|token| (token, log_probability(&raw, token, log_sum))));
-                (token, log_probability(&raw, token, log_sum), rank, from..out.top.len())
+                let best = softmax::best(&raw, alternatives as usize).into_iter();
+                out.top.extend(best.map(|(token, logit)| (token, log_probability(logit, log_sum))));
+                let logprob = log_probability(raw[token as usize], log_sum);
+                (token, logprob, rank, from..out.top.len())
             }
         };
         let top = top.start as u32..top.end as u32;
@@ -133,10 +131,7 @@ impl Sampler {
         if self.params.temperature <= 0.0 || !highest.is_finite() {
             return best;
         }
-        let temperature = f64::from(self.params.temperature);
-        for logit in logits.iter_mut() {
-            *logit = exp((f64::from(*logit) - f64::from(highest)) / temperature) as f32;
-        }
+        softmax::to_weights(logits, highest, self.params.temperature);
         let random = philox::uniform(self.params.seed, self.position);
         self.draw(logits, random).unwrap_or(best)
     }
@@ -154,17 +149,16 @@ impl Sampler {
     }
 
     /// Draws by `weights` (the best token's is 1) after top-k, top-p and min-p, each of which keeps a prefix of the
-    /// tokens in order of weight. `None` only if rounding left no mass.
+    /// tokens in order of weight. `None` only if rounding put `random` past all of the mass.
     fn draw(&self, weights: &[f32], random: f64) -> Option<u32> {
         let min_p = self.params.min_p;
-        let kept = |weight: f32| weight >= min_p;
         if self.params.top_k == 0 && self.params.top_p >= 1.0 {
-            let all = || weights.iter().copied().enumerate().filter(|(_, weight)| kept(*weight));
-            return pick(all().map(|(token, weight)| (token as u32, weight)), random);
+            return pick_any(weights, min_p, random * softmax::sum(weights, min_p));
         }
         let mut candidates = self.candidates(weights);
-        candidates.truncate(candidates.partition_point(|(_, weight)| kept(*weight)));
-        pick(candidates.iter().copied(), random)
+        candidates.truncate(candidates.partition_point(|(_, weight)| *weight >= min_p));
+        let mass = mass(&candidates);
+        pick(candidates.into_iter(), random * mass)
     }
 
     /// What top-k and top-p leave, best first.
@@ -172,15 +166,15 @@ impl Sampler {
         let top_p = f64::from(self.params.top_p);
         let (mut candidates, total) = match self.params.top_k as usize {
             0 => {
-                let total = sum(weights.iter().map(|weight| f64::from(*weight)));
+                let total = softmax::sum(weights, 0.0);
                 // All tokens below this floor together have less mass than top-p gives up, so none of them is kept.
                 let floor = (1.0 - top_p) * total / weights.len() as f64;
-                (at_least(weights, floor), total)
+                (softmax::at_least(weights, floor as f32), total)
             }
             k => {
-                let heaviest = heaviest(weights, k);
-                let total = sum(heaviest.iter().map(|(_, weight)| f64::from(*weight)));
-                (heaviest, total)
+                let best = softmax::best(weights, k);
+                let total = mass(&best);
+                (best, total)
             }
         };
         if top_p < 1.0 {
@@ -197,31 +191,29 @@ impl Sampler {
     }
 }
 
-fn at_least(weights: &[f32], floor: f64) -> Vec<(u32, f32)> {
-    let indexed = weights.iter().enumerate().map(|(token, weight)| (token as u32, *weight));
-    let mut kept: Vec<_> = indexed.filter(|(_, weight)| f64::from(*weight) >= floor).collect();
-    kept.sort_unstable_by(by_weight);
-    kept
+fn mass(candidates: &[(u32, f32)]) -> f64 {
+    candidates.iter().map(|(_, weight)| f64::from(*weight)).sum()
 }
 
-fn heaviest(weights: &[f32], count: usize) -> Vec<(u32, f32)> {
-    let indexed = weights.iter().enumerate().map(|(token, weight)| (token as u32, *weight));
-    let mut kept: Vec<_> = indexed.collect();
-    if count < kept.len() {
-        kept.select_nth_unstable_by(count - 1, by_weight);
-        kept.truncate(count);
+/// [`pick`] in order of ids among the weights that are at least `floor`; whole pieces are passed over at once.
+fn pick_any(weights: &[f32], floor: f32, target: f64) -> Option<u32> {
+    const PIECE: usize = 256;
+    let mut left = target;
+    for (piece, weights) in weights.chunks(PIECE).enumerate() {
+        let mass = softmax::sum(weights, floor);
+        if left < mass {
+            let ids = (piece * PIECE) as u32..;
+            let kept = ids.zip(weights.iter().copied()).filter(|(_, weight)| *weight >= floor);
+            return pick(kept, left);
+        }
+        left -= mass;
     }
-    kept.sort_unstable_by(by_weight);
-    kept
+    None
 }
 
-/// Heavier first, then the lower id: a total order, so no sort or selection can choose otherwise.
-fn by_weight(left: &(u32, f32), right: &(u32, f32)) -> Ordering {
-    right.1.total_cmp(&left.1).then(left.0.cmp(&right.0))
-}
-
-fn pick(weighted: impl Iterator<Item = (u32, f32)> + Clone, random: f64) -> Option<u32> {
-    let mut left = random * sum(weighted.clone().map(|(_, weight)| f64::from(weight)));
+/// The token at which the running sum of weights exceeds `target`; the last one if rounding keeps it below.
+fn pick(weighted: impl Iterator<Item = (u32, f32)>, target: f64) -> Option<u32> {
+    let mut left = target;
     let mut last = None;
     for (token, weight) in weighted.filter(|(_, weight)| *weight > 0.0) {
         last = Some(token);
@@ -233,101 +225,19 @@ fn pick(weighted: impl Iterator<Item = (u32, f32)> + Clone, random: f64) -> Opti
     last
 }
 
-/// Highest value, the lowest index of equals; 0 if all are minus infinity.
-fn argmax(values: &[f32]) -> u32 {
-    let mut best = (0, f32::NEG_INFINITY);
-    for (index, value) in values.iter().enumerate() {
-        if *value > best.1 {
-            best = (index, *value);
-        }
-    }
-    best.0 as u32
-}
-
 fn rank_of(token: u32, logits: &[f32]) -> u32 {
     let own = logits[token as usize];
-    let before =
-        |(index, logit): (usize, &f32)| *logit > own || (*logit == own && index < token as usize);
-    1 + logits.iter().enumerate().filter(|entry| before(*entry)).count() as u32
-}
-
-fn best_tokens(logits: &[f32], count: usize) -> impl Iterator<Item = u32> + use<> {
-    let count = count.min(logits.len());
-    let mut best: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
-    for (token, logit) in logits.iter().enumerate() {
-        let entry = (token as u32, *logit);
-        if best.len() == count && best.last().is_none_or(|worst| worst.1 >= *logit) {
-            continue;
-        }
-        let at = best.partition_point(|other| by_weight(other, &entry) == Ordering::Less);
-        best.insert(at, entry);
-        best.truncate(count);
-    }
-    best.into_iter().map(|(token, _)| token)
-}
-
-/// `ln(sum(exp(logits)))`; the highest logit itself if that is infinite.
-fn log_sum_exp(logits: &[f32]) -> f64 {
-    let highest = f64::from(logits[argmax(logits) as usize]);
-    if !highest.is_finite() {
-        return highest;
-    }
-    highest + ln(sum(logits.iter().map(|logit| exp(f64::from(*logit) - highest))))
+    let (before, after) = logits.split_at(token as usize);
+    let better = before.iter().filter(|logit| **logit >= own).count();
+    1 + (better + after.iter().filter(|logit| **logit > own).count()) as u32
 }
 
 /// Finite always: what has no probability gets the lowest number, as JSON knows no infinity.
-fn log_probability(logits: &[f32], token: u32, log_sum: f64) -> f32 {
-    let logprob = (f64::from(logits[token as usize]) - log_sum) as f32;
-    if logprob.is_nan() { 0.0 } else { logprob.max(f32::MIN) }
-}
-
-/// Eight running sums, added in one order.
-fn sum(values: impl Iterator<Item = f64>) -> f64 {
-    let mut lanes = [0.0; 8];
-    values.enumerate().for_each(|(index, value)| lanes[index % 8] += value);
-    lanes.iter().sum()
-}
-
-/// `e^x` for `x <= 0` within 2 units in the last place, and the same bits on every machine (libm's differ).
-fn exp(x: f64) -> f64 {
-    const LN2_HIGH: f64 = 6.931_471_803_691_238e-1;
-    const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
-    /// 1/13!, 1/12!, … 1/0!
-    const TAYLOR: [f64; 14] = [
-        1.605_904_383_682_161_3e-10,
-        2.087_675_698_786_81e-9,
-        2.505_210_838_544_172e-8,
-        2.755_731_922_398_589_3e-7,
-        2.755_731_922_398_589e-6,
-        2.480_158_730_158_73e-5,
-        1.984_126_984_126_984e-4,
-        1.388_888_888_888_889e-3,
-        8.333_333_333_333_333e-3,
-        4.166_666_666_666_666_4e-2,
-        1.666_666_666_666_666_6e-1,
-        0.5,
-        1.0,
-        1.0,
-    ];
-    if x < -708.0 {
-        return 0.0;
+fn log_probability(logit: f32, log_sum: f64) -> f32 {
+    match (f64::from(logit) - log_sum) as f32 {
+        logprob if logprob.is_nan() && log_sum.is_infinite() => 0.0,
+        logprob => logprob.max(f32::MIN),
     }
-    let power = (x * std::f64::consts::LOG2_E + 0.5).floor();
-    let rest = (x - power * LN2_HIGH) - power * LN2_LOW;
-    let value = TAYLOR.iter().fold(0.0, |value, coefficient| value * rest + coefficient);
-    value * f64::from_bits(((power as i64 + 1023) as u64) << 52)
-}
-
-/// `ln(x)` for finite `x >= 1`: Newton's steps on [`exp`], so it has no more libm than that.
-fn ln(x: f64) -> f64 {
-    let exponent = ((x.to_bits() >> 52) as i64 - 1023) as f64;
-    let mantissa = f64::from_bits((x.to_bits() & ((1 << 52) - 1)) | (1023 << 52));
-    let mut value = (mantissa - 1.0) * std::f64::consts::LN_2;
-    for _ in 0..6 {
-        // `exp` takes what is not positive: e^-value times the mantissa is near 1.
-        value += 2.0 * (mantissa * exp(-value) - 1.0) / (mantissa * exp(-value) + 1.0);
-    }
-    exponent * std::f64::consts::LN_2 + value
 }
 
 #[cfg(test)]
@@ -351,19 +261,6 @@ mod tests {
 
     fn logits_of(probabilities: &[f32]) -> Vec<f32> {
         probabilities.iter().map(|p| p.ln() + 3.0).collect()
-    }
-
-    #[test]
-    fn own_exp_and_ln_are_within_rounding_of_the_exact_ones() {
-        for step in 0..70_000 {
-            let x = f64::from(step) * -0.01;
-            assert!((exp(x) - x.exp()).abs() <= x.exp() * 5e-16, "exp({x})");
-            let y = 1.0 + f64::from(step) * 0.73;
-            assert!((ln(y) - y.ln()).abs() <= 1e-15 * (1.0 + y.ln()), "ln({y})");
-        }
-        assert_eq!(exp(0.0), 1.0);
-        assert_eq!(exp(f64::NEG_INFINITY), 0.0);
-        assert_eq!(ln(1.0), 0.0);
     }
 
     #[test]
@@ -466,7 +363,7 @@ mod tests {
     #[test]
     fn a_floor_for_top_p_drops_nothing_that_a_full_sort_keeps() {
         let weights: Vec<f32> = (0..5_000_u64)
-            .map(|token| exp(-20.0 * philox::uniform(1, token)) as f32)
+            .map(|token| (-20.0 * philox::uniform(1, token)).exp() as f32)
             .chain([1.0])
             .collect();
         for top_p in [0.1, 0.5, 0.9, 0.999] {
@@ -538,5 +435,20 @@ mod tests {
         assert_eq!(out.top.len(), 3);
         assert!(out.top.iter().all(|(_, logprob)| logprob.is_finite()));
         assert_eq!(out.samples[0].logprob, 0.0);
+    }
+
+    #[test]
+    fn passing_over_pieces_draws_what_a_walk_over_all_draws() {
+        let uniform = |position| philox::uniform(2, position) as f32;
+        let weights: Vec<f32> = (0..1_000).map(uniform).collect();
+        for floor in [0.0, 0.5, 0.99] {
+            let all = (0..).zip(weights.iter().copied()).filter(|(_, weight)| *weight >= floor);
+            let total = softmax::sum(&weights, floor);
+            for position in 0..500 {
+                let target = philox::uniform(3, position) * total;
+                assert_eq!(pick_any(&weights, floor, target), pick(all.clone(), target));
+            }
+        }
+        assert_eq!(pick_any(&weights, 0.0, 1e9), None);
     }
 }
