@@ -29,12 +29,14 @@ fn model_file() -> PathBuf {
 }
 
 fn demo_tokenizer() -> Tokenizer {
-    Tokenizer::from_gguf(&Gguf::open(&model_file()).unwrap()).unwrap()
+    let file = Gguf::open(&model_file()).expect("the demo model is a GGUF file");
+    Tokenizer::from_gguf(&file).expect("the demo model has a tokenizer")
 }
 
 fn golden() -> Vec<Case> {
     let text = include_str!("fixtures/smollm2-tokens.json");
-    serde_json::from_str::<Golden>(text).unwrap().cases
+    let golden: Golden = serde_json::from_str(text).expect("the fixture is valid");
+    golden.cases
 }
 
 #[test]

@@ -213,6 +213,32 @@ url = \"localhost:8003\"
     }
 
     #[test]
+    fn the_shipped_file_holds_the_defaults_and_names_every_key() {
+        let text = include_str!("../../../config/router.toml");
+        let config = read(text).unwrap();
+        let mut expected = RouterConfig::default().spelled_out();
+        expected.context.servers = config.context.servers.clone();
+        expected.generation.servers = config.generation.servers.clone();
+        assert_eq!(config, expected);
+        assert_eq!((config.context.servers.len(), config.generation.servers.len()), (2, 1));
+        for (section, values) in toml::Table::try_from(&config).unwrap() {
+            assert!(text.contains(&format!("\n[{section}]")), "{section}");
+            for key in values.as_table().unwrap().keys().filter(|key| *key != "servers") {
+                let is_named = text.contains(&format!("\n{key} = "));
+                assert_eq!(is_named, key != "max_local_prefill_length", "{section}.{key}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_shipped_clusters_router_is_valid() {
+        let text = include_str!("../../../config/cluster.toml");
+        let cluster: toml::Table = toml::from_str(text).unwrap();
+        let config: RouterConfig = cluster["router"].clone().try_into().unwrap();
+        config.validate().unwrap();
+    }
+
+    #[test]
     fn two_servers_are_enough_and_the_rest_has_defaults() {
         let config = read(SERVERS).unwrap();
         assert_eq!(config.server.listen.to_string(), "127.0.0.1:8000");
