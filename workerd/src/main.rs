@@ -6,6 +6,7 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
@@ -59,10 +60,13 @@ fn run(args: Args) -> Result<ExitCode> {
     let ucx: Vec<_> = config.nixl.ucx.clone().into_iter().collect();
     nixl::prepare_environment(&ucx)?;
     telemetry::init(config.log.format, &config.log.level)?;
-    let notifier =
-        Notifier::new(std::env::var_os("NOTIFY_SOCKET").as_deref()).context("`$NOTIFY_SOCKET`")?;
+    let service_manager = std::env::var_os("NOTIFY_SOCKET");
+    let notifier = Notifier::new(service_manager.as_deref()).context("`$NOTIFY_SOCKET`")?;
+    let notifier = Arc::new(notifier);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let _inside = runtime.enter();
+    let is_serving = Arc::new(AtomicBool::new(false));
+    let (shutdown, forced) = signals(Arc::clone(&notifier), Arc::clone(&is_serving))?;
     // Bound first, so that a port in use is found before a model is loaded; not yet listening, so that nobody
     // waits for an answer meanwhile.
     let socket = bind(&config)?;
@@ -79,7 +83,8 @@ fn run(args: Args) -> Result<ExitCode> {
             }
         });
         announce(&config, &worker, address);
-        let (shutdown, forced) = signals(notifier)?;
+        is_serving.store(true, Ordering::Release);
+        notifier.ready();
         let write_timeout = config.server.write_timeout.duration();
         let served = server::run(listener, worker, write_timeout, shutdown);
         let end = tokio::select! {
@@ -150,22 +155,27 @@ fn announce(
     }
 }
 
-/// What begins a drain (SIGTERM or the first SIGINT), and what cuts it short (a second SIGINT).
+/// What begins a drain (SIGTERM or the first SIGINT), and what cuts it short (a second SIGINT). Before anything is
+/// served there is nothing to finish, and the process ends at once.
 fn signals(
-    notifier: Notifier,
+    notifier: Arc<Notifier>,
+    is_serving: Arc<AtomicBool>,
 ) -> std::io::Result<(impl Future<Output = ()>, oneshot::Receiver<()>)> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (drain, draining) = oneshot::channel();
     let (force, forced) = oneshot::channel();
-    notifier.ready();
     tokio::spawn(async move {
         let mut interrupts = tokio::select! {
             _ = terminate.recv() => 0,
             _ = interrupt.recv() => 1,
         };
-        tracing::info!("stopping: new requests are refused, running ones finished");
         notifier.stopping();
+        if !is_serving.load(Ordering::Acquire) {
+            tracing::info!("ended before anything was served");
+            std::process::exit(0);
+        }
+        tracing::info!("stopping: new requests are refused, running ones finished");
         // Nobody listens any more if the engine has just ended by itself.
         drain.send(()).ok();
         // A terminal interrupts the whole group while a parent terminates its children: that is one wish.
