@@ -15,7 +15,8 @@ test: build
 
 ## The long matrices too.
 test-long: build
-	BATON_TEST_LONG=1 $(CARGO_TEST)
+	$(CARGO_TEST)
+	$(CARGO_TEST) --test it -- --ignored
 
 ## What a build and a run need beyond the toolchain, into .deps.
 setup:

@@ -154,3 +154,21 @@ async fn eos_as_first_token_ends_the_text_without_a_hand_over() {
     assert_eq!(generation.sum("baton_worker_handover_bytes_total", &[]), 0.0);
     running.stop();
 }
+
+#[tokio::test]
+#[ignore = "long: `make test-long`"]
+async fn two_workers_answer_as_one_at_every_length_around_block_borders() {
+    for kv_heads in [4, 8] {
+        let model = tiny::model(kv_heads);
+        let lengths: Vec<usize> =
+            (1..=130).chain([255, 256, 257, 1000, 1023, 1024, 1025, 3000, 4000]).collect();
+        matrix(&model.path, &model.name, model.vocab, &lengths).await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "long: `make test-long`"]
+async fn two_workers_answer_as_one_on_long_prompts_of_the_demo_model() {
+    let model = files::demo_model().unwrap();
+    matrix(&model, "SmolLM2-135M-Instruct", 49_152, &[1, 31, 32, 64, 65, 1000, 2000]).await;
+}

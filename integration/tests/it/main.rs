@@ -1,6 +1,8 @@
 //! End-to-end tests of the real binaries; a module a topic.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
+mod auth;
+mod bad_requests;
 mod checkpoints;
 mod departures;
 mod engine_golden;
