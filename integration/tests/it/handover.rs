@@ -75,6 +75,8 @@ async fn a_lease_is_read_once() {
     let request = pair.hop(&token_ids(1, 70, pair.model.vocab), ID).await;
     assert_eq!(blocks(&pair.running.cluster.workers[0], "leased").await, 3.0);
     assert_eq!(pair.generate(&request).await.status, 200);
+    // The reader's word travels beside its answer.
+    all_free(&pair.running.cluster, Duration::from_secs(2)).await;
     let again = pair.generate(&request).await;
     assert_eq!((again.status, again.error_code().unwrap()), (503, "kv_lease_gone".into()));
     all_free(&pair.running.cluster, Duration::from_secs(2)).await;
