@@ -1,6 +1,5 @@
 //! The demo model's tokenizer against ids that llama.cpp gave for the same strings.
 #![cfg(feature = "text")]
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
 use std::path::{Path, PathBuf};
 

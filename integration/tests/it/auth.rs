@@ -48,10 +48,16 @@ async fn records_under_another_key_are_refused_and_the_right_key_serves() {
 #[tokio::test]
 async fn a_cluster_without_a_key_serves_on_loopback() {
     let model = tiny::model(4);
-    let running = start(&model.path, 1, 1, toml! { [auth]
-        allow_unauthenticated_peers = true })
+    let running = start(
+        &model.path,
+        1,
+        1,
+        toml! { [auth]
+        allow_unauthenticated_peers = true },
+    )
     .await;
-    let request = json!({"model": model.name, "prompt": "hello", "max_tokens": 4, "ignore_eos": true});
+    let request =
+        json!({"model": model.name, "prompt": "hello", "max_tokens": 4, "ignore_eos": true});
     assert_eq!(complete(running.cluster.client(), &request, false).await.usage[1], 4);
     running.stop();
 }

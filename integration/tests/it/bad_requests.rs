@@ -12,8 +12,13 @@ use crate::tiny;
 async fn what_cannot_be_served_is_a_4xx_that_names_the_member() {
     let model = tiny::model(4);
     // 64 blocks of 32 tokens; 2 x 3 layers x 4 heads x 16 elements x 2 bytes x 32 tokens each.
-    let running = start(&model.path, 1, 1, toml! { [kv]
-        pool = "1536KiB" })
+    let running = start(
+        &model.path,
+        1,
+        1,
+        toml! { [kv]
+        pool = "1536KiB" },
+    )
     .await;
     let client = running.cluster.client();
     let base = json!({"model": model.name, "prompt": "hello", "max_tokens": 2});
