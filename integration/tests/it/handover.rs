@@ -176,6 +176,7 @@ async fn a_record_of_another_model_is_incompatible() {
     let answer = foreign.workers[0].client().post(PATH, &request).await.unwrap();
     assert_eq!((answer.status, answer.error_code().unwrap()), (409, "kv_incompatible".into()));
     foreign.stop(STOP).unwrap();
+    pair.release(ID).await;
     pair.running.stop();
 }
 

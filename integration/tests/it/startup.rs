@@ -197,16 +197,43 @@ async fn the_commands_of_the_documentation_that_is_replaced_start_a_cluster() {
     }
 }
 
-#[tokio::test]
-async fn baton_up_shows_an_answer_and_ends_well() {
-    let folder = tempfile::tempdir().unwrap();
+/// `config/cluster.toml` on free ports, in `folder`.
+fn cluster_file(folder: &Path) -> String {
     let text = std::fs::read_to_string(files::top().join("config/cluster.toml")).unwrap();
-    let mut text =
-        text.replace(".deps/models", files::top().join(".deps/models").to_str().unwrap());
+    let models = files::top().join(".deps/models");
+    let mut text = text.replace(".deps/models", models.to_str().unwrap());
     for port in ["8000", "9000", "8001", "8002", "8003"] {
         text = text.replace(port, &free_port().unwrap().to_string());
     }
-    let config = file(folder.path(), "cluster.toml", &text);
+    file(folder, "cluster.toml", &text)
+}
+
+#[tokio::test]
+async fn sigterm_ends_baton_up_and_all_it_started() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = cluster_file(folder.path());
+    let logs = folder.path().join("logs");
+    let args = [&config, "--logs", logs.to_str().unwrap()];
+    let mut up = Program::new("baton-up", "up", args).spawn(folder.path()).unwrap();
+    let begun = std::time::Instant::now();
+    while !up.log().contains("serving at") {
+        assert!(up.ended().unwrap().is_none() && begun.elapsed() < READY, "{}", up.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let children = format!("/proc/{0}/task/{0}/children", up.id());
+    let children = std::fs::read_to_string(children).unwrap();
+    assert_eq!(children.split_whitespace().count(), 4, "{children}");
+    let status = up.terminate(STOP).unwrap();
+    assert!(status.success(), "{status}: {}", up.log());
+    for child in children.split_whitespace() {
+        assert!(!Path::new("/proc").join(child).exists(), "process {child} goes on");
+    }
+}
+
+#[tokio::test]
+async fn baton_up_shows_an_answer_and_ends_well() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = cluster_file(folder.path());
     let logs = folder.path().join("logs");
     let output =
         run("baton-up", &[&config, "--try", "--once", "--logs", logs.to_str().unwrap()]).await;

@@ -220,7 +220,10 @@ pub fn remedy(status: u16, code: Option<&str>) -> Remedy {
             | ErrorCode::Unavailable
             | ErrorCode::DuplicateRequest,
         ) => return Remedy::AnotherServer,
-        Some(ErrorCode::KvIncompatible | ErrorCode::KvStateInvalid) => return Remedy::GiveUp,
+        // `Unauthorized` is about the key between router and workers: no business of the client.
+        Some(ErrorCode::KvIncompatible | ErrorCode::KvStateInvalid | ErrorCode::Unauthorized) => {
+            return Remedy::GiveUp;
+        }
         _ => {}
     }
     match status {
@@ -246,6 +249,7 @@ mod tests {
         assert_eq!(remedy(503, Some("kv_lease_gone")), Remedy::NewContextPass);
         assert_eq!(remedy(409, Some("kv_incompatible")), Remedy::GiveUp);
         assert_eq!(remedy(400, Some("kv_state_invalid")), Remedy::GiveUp);
+        assert_eq!(remedy(401, Some("unauthorized")), Remedy::GiveUp);
         assert_eq!(remedy(503, Some("pool_exhausted")), Remedy::AnotherServer);
     }
 
