@@ -8,7 +8,7 @@ use baton_shared::text::gguf::GgufError;
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// The system refuses to open or read something.
-    #[error("cannot read `{path}`: {source}")]
+    #[error("cannot read `{path}`")]
     Io {
         /// File or folder.
         path: String,
@@ -16,7 +16,7 @@ pub enum ModelError {
         source: std::io::Error,
     },
     /// The GGUF header is damaged or cut.
-    #[error("`{path}`: {source}")]
+    #[error("`{path}` is no usable GGUF file")]
     Header {
         /// File.
         path: String,

@@ -73,7 +73,7 @@ fn write_folder(folder: &Path, config: &Value) {
 }
 
 fn refusal(path: &Path) -> String {
-    load(path).unwrap_err().to_string()
+    format!("{:#}", anyhow::Error::from(load(path).unwrap_err()))
 }
 
 #[test]

@@ -65,7 +65,7 @@ pub enum CpuError {
     #[error("the pool cannot be: {0}")]
     Layout(#[from] InvalidLayout),
     /// No such memory.
-    #[error("cannot get {bytes} bytes for the pool: {source}")]
+    #[error("cannot get {bytes} bytes for the pool")]
     Memory {
         /// Bytes wanted.
         bytes: u64,
@@ -73,7 +73,7 @@ pub enum CpuError {
         source: std::io::Error,
     },
     /// No such thread.
-    #[error("cannot start {threads} compute threads: {source}")]
+    #[error("cannot start {threads} compute threads")]
     Threads {
         /// Threads wanted.
         threads: usize,
