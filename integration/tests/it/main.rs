@@ -14,5 +14,6 @@ mod openai_client;
 mod router_faults;
 mod spine;
 mod startup;
+mod streaming;
 mod support;
 mod tiny;

@@ -166,7 +166,7 @@ impl Peer {
     }
 
     /// Learns which way this peer's bytes come: a copy out of its memory is over when the post returns, bytes from
-    /// a socket are not.
+    /// a socket are not. (On a machine too busy to look at once, those may be there too and be taken for a copy.)
     fn learn(&mut self, request: &Request, at_once: bool, seen: &mut PeersSeen) {
         let bytes: u64 = request.runs.iter().map(|run| run.len).sum();
         if bytes < TELLING_BYTES {
