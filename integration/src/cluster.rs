@@ -9,6 +9,7 @@ use toml::{Table, Value, toml};
 
 use crate::client::Client;
 use crate::process::{Process, Program, free_port};
+use crate::relay::Relay;
 
 /// A daemon of a cluster.
 #[derive(Debug)]
@@ -26,6 +27,7 @@ pub struct Cluster {
     pub workers: Vec<Member>,
     /// Its admin port is in its configuration.
     pub router: Option<Member>,
+    plan: Plan,
     folder: PathBuf,
 }
 
@@ -36,6 +38,8 @@ pub struct Plan {
     pub workers: Vec<(String, Table)>,
     /// Configuration of the router; `server.listen` is needed.
     pub router: Option<Table>,
+    /// Set for each worker, beside the caller's own environment.
+    pub environment: Vec<(String, String)>,
 }
 
 impl Plan {
@@ -88,6 +92,31 @@ impl Plan {
         plan.router = Some(router);
         Ok(plan)
     }
+
+    /// Puts a relay between the router and each worker, in the order of the workers. Peers still meet directly.
+    ///
+    /// # Errors
+    /// When a relay cannot listen or a worker's address is not known.
+    pub async fn behind_relays(&mut self) -> Result<Vec<Relay>> {
+        let mut relays = Vec::new();
+        for (_, table) in &self.workers {
+            relays.push(Relay::start(listen_of(table)?).await?);
+        }
+        let mut addresses = relays.iter().map(|relay| relay.address.to_string());
+        for role in ["context", "generation"] {
+            let servers = self.router.as_mut().and_then(|router| router.get_mut(role));
+            let servers = servers.and_then(|section| section.get_mut("servers"));
+            let servers = servers.and_then(Value::as_array_mut).context("a router with servers")?;
+            for server in servers {
+                let address = addresses.next().context("a worker for each server")?;
+                server
+                    .as_table_mut()
+                    .context("a server is a table")?
+                    .insert("url".into(), address.into());
+            }
+        }
+        Ok(relays)
+    }
 }
 
 /// Sets `table[path…] = value`, making the tables on the way.
@@ -117,10 +146,15 @@ pub fn overlay(table: &mut Table, over: &Table) {
 
 /// `server.listen` of a daemon's table as an address.
 fn listen_of(table: &Table) -> Result<SocketAddr> {
-    let listen = table.get("server").and_then(|server| server.get("listen"));
-    let listen = listen.and_then(Value::as_str).context("`server.listen` is needed")?;
+    address_of(table, "listen")
+}
+
+fn address_of(table: &Table, key: &str) -> Result<SocketAddr> {
+    let listen = table.get("server").and_then(|server| server.get(key));
+    let listen =
+        listen.and_then(Value::as_str).with_context(|| format!("`server.{key}` is needed"))?;
     let local = listen.replace("localhost", &Ipv4Addr::LOCALHOST.to_string());
-    local.parse().with_context(|| format!("`server.listen` = `{listen}` is not HOST:PORT"))
+    local.parse().with_context(|| format!("`server.{key}` = `{listen}` is not HOST:PORT"))
 }
 
 impl Cluster {
@@ -129,7 +163,9 @@ impl Cluster {
     /// # Errors
     /// If a daemon ends (with the end of its log) or is not ready within `patience`.
     pub async fn start(plan: &Plan, folder: &Path, patience: Duration) -> Result<Self> {
-        let mut cluster = Self { workers: Vec::new(), router: None, folder: folder.to_owned() };
+        let (plan, folder) = (plan.clone(), folder.to_owned());
+        let mut cluster = Self { workers: Vec::new(), router: None, plan, folder };
+        let plan = cluster.plan.clone();
         for (name, table) in &plan.workers {
             cluster.workers.push(cluster.spawn("baton-workerd", name, table)?);
         }
@@ -151,8 +187,31 @@ impl Cluster {
         let file = self.folder.join(format!("{name}.toml"));
         std::fs::write(&file, toml::to_string(table)?)?;
         let args = ["--config".into(), file.into_os_string()];
-        let process = Program::new(binary, name, args).spawn(&self.folder)?;
+        let mut program = Program::new(binary, name, args);
+        if binary == "baton-workerd" {
+            program.env.clone_from(&self.plan.environment);
+        }
+        let process = program.spawn(&self.folder)?;
         Ok(Member { process, address: listen_of(table)? })
+    }
+
+    /// Starts a worker that has ended again, as it was configured.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn restart(&mut self, index: usize) -> Result<()> {
+        let (name, table) = self.plan.workers.get(index).context("a worker of the plan")?;
+        self.workers[index] = self.spawn("baton-workerd", name, table)?;
+        Ok(())
+    }
+
+    /// Where the router tells operators about itself.
+    ///
+    /// # Panics
+    /// If it has no router with an admin port.
+    pub fn admin(&self) -> Client {
+        let router = self.plan.router.as_ref().expect("a cluster with a router");
+        Client::new(address_of(router, "admin_listen").expect("a router with an admin port"))
     }
 
     /// Where clients go.

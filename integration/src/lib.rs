@@ -6,6 +6,7 @@
 pub mod client;
 pub mod cluster;
 pub mod eventually;
+pub mod failpoints;
 pub mod files;
 pub mod mock_worker;
 pub mod oracle;

@@ -24,7 +24,8 @@ impl Metrics {
         Ok(Self::parse(text))
     }
 
-    fn parse(text: &str) -> Self {
+    /// Prometheus' text form.
+    pub fn parse(text: &str) -> Self {
         let lines = text.lines().filter(|line| !line.starts_with('#'));
         let samples = lines.filter_map(|line| {
             let (series, value) = line.rsplit_once(' ')?;

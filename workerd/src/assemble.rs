@@ -68,7 +68,12 @@ pub fn assemble(config: &WorkerConfig, address: SocketAddr) -> Result<Assembled>
     let metrics = Arc::new(Metrics::new(config.role));
     let (handle, seat) = engine(engine_config(config, &limits));
     let epochs = EpochPage::new(backend.pool().layout.blocks as usize)?;
-    let transport = Transports { library, settings: nixl_settings(config), id: &id, incarnation };
+    let settings = MoverSettings {
+        settle_timeout: config.handover.quarantine_timeout.duration(),
+        ..MoverSettings::default()
+    };
+    let transport =
+        Transports { library, nixl: nixl_settings(config), settings, id: &id, incarnation };
     let (mover, serve) =
         transport.start(&handle, &metrics, backend.pool(), &epochs).context("hand-over")?;
     seat.start(Parts {
@@ -79,7 +84,6 @@ pub fn assemble(config: &WorkerConfig, address: SocketAddr) -> Result<Assembled>
         puller: Box::new(mover.clone()),
     })
     .context("the engine thread")?;
-    let known = mover.clone();
     let worker = Worker {
         engine: handle,
         texts: Arc::new(texts),
@@ -92,7 +96,7 @@ pub fn assemble(config: &WorkerConfig, address: SocketAddr) -> Result<Assembled>
         fingerprint,
         limits,
         metrics,
-        is_connected: Box::new(move |incarnation| known.is_connected(incarnation)),
+        mover: mover.clone(),
         mint: IdMint::new(rand::random(), rand::random()),
         started: unix_seconds(),
         iterations: IterationStats::default(),
@@ -138,7 +142,8 @@ fn refuse_hub_id(path: &Path) -> Result<(), ConfigError> {
 /// How NIXL is started.
 struct Transports<'a> {
     library: NixlLibrary,
-    settings: NixlSettings,
+    nixl: NixlSettings,
+    settings: MoverSettings,
     id: &'a WorkerId,
     incarnation: Incarnation,
 }
@@ -158,11 +163,11 @@ impl Transports<'_> {
             tell(event);
         });
         let (serve, move_) = (self.opener(AgentRole::Serve), self.opener(AgentRole::Move));
-        Ok(Mover::start(serve, move_, regions, sink, MoverSettings::default())?)
+        Ok(Mover::start(serve, move_, regions, sink, self.settings)?)
     }
 
     fn opener(&self, role: AgentRole) -> OpenTransport {
-        let (library, settings) = (self.library.clone(), self.settings.clone());
+        let (library, settings) = (self.library.clone(), self.nixl.clone());
         let name = agent_name(self.id, 0, role, &self.incarnation);
         Box::new(move || {
             let transport = NixlTransport::open(&library, &settings, name)?;

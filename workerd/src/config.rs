@@ -118,6 +118,8 @@ pub struct HandoverSection {
     pub lease_timeout: Seconds,
     /// How long one pull may take.
     pub pull_timeout: Seconds,
+    /// How long the transfers of a pull that was given up may go on before all are ended by force.
+    pub quarantine_timeout: Seconds,
     /// What happens when a pull fails: `error` or `recompute`.
     pub fallback: String,
     /// Network interface peers reach us by.
@@ -234,6 +236,7 @@ impl Default for HandoverSection {
             max_tokens_in_buffer: 0,
             lease_timeout: Seconds::new(60),
             pull_timeout: Seconds::new(10),
+            quarantine_timeout: Seconds::new(30),
             fallback: "error".into(),
             advertise: "lo".into(),
         }

@@ -10,6 +10,7 @@ pub mod backend;
 pub mod cli;
 pub mod config;
 pub mod engine;
+pub mod failpoint;
 pub mod handover;
 pub mod kv;
 pub mod metrics;

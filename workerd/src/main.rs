@@ -18,6 +18,7 @@ use baton_workerd::assemble::{Assembled, assemble, peer_address};
 use baton_workerd::cli::{Action, Args};
 use baton_workerd::config::WorkerConfig;
 use baton_workerd::engine::EngineEnd;
+use baton_workerd::failpoint;
 use baton_workerd::handover::nixl;
 use baton_workerd::ops::Notifier;
 use clap::Parser;
@@ -47,7 +48,9 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> Result<ExitCode> {
     let action = args.action();
-    let config = args.load(|name| std::env::var(name).ok())?;
+    let variable = |name: &str| std::env::var(name).ok();
+    let config = args.load(variable)?;
+    let is_test = failpoint::enable(variable)?;
     match action {
         Action::Check => return Ok(ExitCode::SUCCESS),
         Action::Print => {
@@ -60,6 +63,9 @@ fn run(args: Args) -> Result<ExitCode> {
     let ucx: Vec<_> = config.nixl.ucx.clone().into_iter().collect();
     nixl::prepare_environment(&ucx)?;
     telemetry::init(config.log.format, &config.log.level)?;
+    if is_test {
+        tracing::warn!("`BATON_TEST=1`: whoever reaches this worker can hold, slow and end it");
+    }
     let service_manager = std::env::var_os("NOTIFY_SOCKET");
     let notifier = Notifier::new(service_manager.as_deref()).context("`$NOTIFY_SOCKET`")?;
     let notifier = Arc::new(notifier);

@@ -12,6 +12,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusRecorder
 
 use crate::engine::status::EngineStatus;
 use crate::handover::MoverEvent;
+use crate::handover::mover::MoverFigures;
 
 const REQUESTS: &str = "baton_worker_requests_total";
 const RUNNING: &str = "baton_worker_requests_running";
@@ -32,9 +33,12 @@ const HANDOVER_SECONDS: &str = "baton_worker_handover_seconds";
 const FIRST_TOKEN_SECONDS: &str = "baton_worker_time_to_first_token_seconds";
 const INTER_TOKEN_SECONDS: &str = "baton_worker_inter_token_seconds";
 const HEARTBEAT_SECONDS: &str = "baton_worker_engine_heartbeat_age_seconds";
+const HANDOVER_PEERS: &str = "baton_worker_handover_peers_total";
+const HANDOVER_REBUILDS: &str = "baton_worker_handover_rebuilds_total";
+const TOMBSTONES: &str = "baton_worker_tombstones";
 const INFO: &str = "baton_worker_info";
 
-const COUNTERS: [(&str, &str); 10] = [
+const COUNTERS: [(&str, &str); 12] = [
     (
         REQUESTS,
         "Requests that ended, by endpoint, phase and outcome (ok, client_gone, or the error code).",
@@ -51,14 +55,20 @@ const COUNTERS: [(&str, &str); 10] = [
     (HANDOVER_BYTES, "Bytes of keys and values fetched from other workers."),
     (HANDOVER_DESCRIPTORS, "Transfer descriptors posted for them."),
     (HANDOVER_FAILURES, "Hand-overs that failed, by error code."),
+    (
+        HANDOVER_PEERS,
+        "Peers by the transport their blocks come by: shared_memory (copied out of the peer) or network.",
+    ),
+    (HANDOVER_REBUILDS, "Times the moving agent was rebuilt because transfers did not end."),
 ];
 
-const GAUGES: [(&str, &str); 7] = [
+const GAUGES: [(&str, &str); 8] = [
     (RUNNING, "Requests that are being computed."),
     (WAITING, "Requests that wait for blocks or a slot."),
     (PULLING, "Requests whose blocks are being fetched."),
     (BLOCKS, "KV blocks by state."),
     (LEASES, "Leases held for a reader."),
+    (TOMBSTONES, "Requests remembered because they were released; the oldest are forgotten."),
     (HEARTBEAT_SECONDS, "Time since the engine thread last showed itself."),
     (INFO, "Constant 1; the labels say what runs."),
 ];
@@ -143,13 +153,15 @@ impl Metrics {
             MoverEvent::Pulled { elapsed, .. } => self.handover.record(*elapsed),
             MoverEvent::PullFailed { .. }
             | MoverEvent::Settled { .. }
-            | MoverEvent::LeaseRead(_) => {}
+            | MoverEvent::LeaseRead(_)
+            | MoverEvent::Lost => {}
         }
     }
 
     /// Everything in Prometheus' text format.
-    pub fn render(&self, status: &EngineStatus) -> String {
+    pub fn render(&self, status: &EngineStatus, mover: MoverFigures) -> String {
         self.publish(status);
+        self.publish_mover(mover);
         self.recorder.handle().render()
     }
 
@@ -167,12 +179,17 @@ impl Metrics {
             waiting,
             pulling,
             leases,
+            tombstones,
             blocks,
             totals,
         } = status;
-        for (name, value) in
-            [(RUNNING, running), (WAITING, waiting), (PULLING, pulling), (LEASES, leases)]
-        {
+        for (name, value) in [
+            (RUNNING, running),
+            (WAITING, waiting),
+            (PULLING, pulling),
+            (LEASES, leases),
+            (TOMBSTONES, tombstones),
+        ] {
             self.gauge(name, &[]).set(*value as f64);
         }
         self.gauge(HEARTBEAT_SECONDS, &[]).set(heartbeat_age.as_secs_f64());
@@ -214,6 +231,16 @@ impl Metrics {
         }
     }
 
+    fn publish_mover(&self, figures: MoverFigures) {
+        let MoverFigures { rebuilds, peers } = figures;
+        self.counter(HANDOVER_REBUILDS, &[]).absolute(rebuilds);
+        for (transport, count) in
+            [("shared_memory", peers.shared_memory), ("network", peers.network)]
+        {
+            self.counter(HANDOVER_PEERS, &[("transport", transport)]).absolute(count);
+        }
+    }
+
     fn counter(&self, name: &'static str, labels: &[(&'static str, &'static str)]) -> Counter {
         self.recorder.register_counter(&key(name, labels), &METADATA)
     }
@@ -248,7 +275,8 @@ mod tests {
 
     #[test]
     fn what_checks_rely_on_is_there_from_the_first_moment() {
-        let text = Metrics::new(Role::Context).render(&EngineStatus::default());
+        let text =
+            Metrics::new(Role::Context).render(&EngineStatus::default(), MoverFigures::default());
         for series in [
             "baton_worker_kv_blocks{state=\"free\"}",
             "baton_worker_kv_blocks{state=\"used\"}",
@@ -260,6 +288,10 @@ mod tests {
             "baton_worker_prompt_tokens_total{source=\"pulled\"}",
             "baton_worker_handover_bytes_total",
             "baton_worker_handover_descriptors_total",
+            "baton_worker_handover_peers_total{transport=\"shared_memory\"}",
+            "baton_worker_handover_peers_total{transport=\"network\"}",
+            "baton_worker_handover_rebuilds_total",
+            "baton_worker_tombstones",
         ] {
             assert_eq!(line(&text, series), Some("0"), "{series}\n{text}");
         }
@@ -272,7 +304,7 @@ mod tests {
         metrics.request_ended("completions", "whole", "ok");
         let mut status = EngineStatus::default();
         status.totals.pull_failures.push((ErrorCode::KvLeaseGone, 2));
-        let text = metrics.render(&status);
+        let text = metrics.render(&status, MoverFigures::default());
         for kind in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
             let name = kind.split(' ').next().unwrap();
             assert!(text.contains(&format!("# HELP {name} ")), "{name}");
@@ -295,7 +327,7 @@ mod tests {
         let mut status = EngineStatus::default();
         for _ in 0..2 {
             status.totals.pulled_bytes += 7;
-            let text = metrics.render(&status);
+            let text = metrics.render(&status, MoverFigures::default());
             let bytes = status.totals.pulled_bytes.to_string();
             assert_eq!(line(&text, "baton_worker_handover_bytes_total"), Some(&*bytes));
             assert_eq!(line(&text, "baton_worker_handover_seconds_count"), Some("1"));

@@ -57,7 +57,7 @@ async fn scene(contexts: usize, generations: usize, over: Table) -> Scene {
     set(&mut table, &["context", "servers"], context);
     set(&mut table, &["generation", "servers"], generation);
     overlay(&mut table, &over);
-    let plan = Plan { workers: Vec::new(), router: Some(table) };
+    let plan = Plan { router: Some(table), ..Plan::default() };
     let cluster = Cluster::start(&plan, folder.path(), READY).await.unwrap();
     let [contexts, generations] = workers;
     Scene {

@@ -27,10 +27,15 @@ pub struct Running {
 
 /// `contexts` and `generations` workers with `model` behind a router.
 pub async fn start(model: &Path, contexts: usize, generations: usize, worker: Table) -> Running {
+    start_plan(|| Plan::local(model, contexts, generations, &worker).unwrap()).await
+}
+
+/// What `plan` says, made anew when a port was taken meanwhile.
+pub async fn start_plan(plan: impl Fn() -> Plan) -> Running {
     let folder = tempfile::tempdir().unwrap();
     let mut tries = 0;
     loop {
-        let plan = Plan::local(model, contexts, generations, &worker).unwrap();
+        let plan = plan();
         match Cluster::start(&plan, folder.path(), READY).await {
             Ok(cluster) => return Running { cluster, folder },
             // Somebody else took a port between our looking and the daemon's binding.

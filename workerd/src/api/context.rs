@@ -24,6 +24,7 @@ use super::shape::{Envelope, PromptIds};
 use super::worker::Worker;
 use crate::engine::output::{OutputEvent, OutputReceiver, TokenOut, channel};
 use crate::engine::{EngineHandle, Phase, Submission};
+use crate::failpoint::{self, Point};
 
 /// Events of a context pass: start, token, blocks, end.
 const EVENTS: usize = 8;
@@ -92,6 +93,7 @@ pub async fn serve(
     let usage = Usage::new(prompt_tokens, outcome.cached_tokens, outcome.tokens);
     let envelope = Envelope::new(job.request.endpoint, job.request.model);
     let body = envelope.context(outcome.piece, usage, ids, params)?;
+    failpoint::arrive(Point::ContextAnswer).await;
     Ok(deliver(body, outcome.lease))
 }
 

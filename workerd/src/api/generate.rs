@@ -24,6 +24,7 @@ use super::run::Run;
 use super::shape::Envelope;
 use super::takeover::Takeover;
 use super::worker::Worker;
+use crate::failpoint::{self, Point};
 
 /// Largest body.
 const MAX_BODY: usize = 32 << 20;
@@ -118,7 +119,9 @@ async fn generate(
             let wants_scores = job.request.sampling.logprobs.is_some();
             let takeover =
                 Takeover::check(worker, &params, &job.prompt, wants_scores, authentication)?;
+            failpoint::arrive(Point::GenerationChecked).await;
             takeover.confirm_peer(worker).await?;
+            failpoint::arrive(Point::GenerationConfirmed).await;
             Some(takeover)
         }
     };

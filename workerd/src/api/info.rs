@@ -58,7 +58,7 @@ pub async fn server_info(State(worker): State<Arc<Worker>>) -> Json<Value> {
 
 /// `GET /prometheus/metrics`
 pub async fn prometheus(State(worker): State<Arc<Worker>>) -> Response {
-    let text = worker.metrics.render(&worker.engine.status());
+    let text = worker.metrics.render(&worker.engine.status(), worker.mover.figures());
     let kind = "text/plain; version=0.0.4; charset=utf-8";
     ([(header::CONTENT_TYPE, kind)], text).into_response()
 }

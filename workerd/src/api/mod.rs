@@ -12,6 +12,7 @@ mod context;
 mod counted;
 mod error;
 mod events;
+mod failpoints;
 #[cfg(test)]
 mod fake_texts;
 mod generate;
@@ -40,8 +41,11 @@ use baton_shared::wire::error::ErrorCode;
 use error::ApiError;
 use worker::Worker;
 
+use crate::failpoint;
+
 /// All paths of a worker.
 pub fn router(worker: Arc<Worker>) -> Router {
+    let tests = if failpoint::is_enabled() { failpoints::routes() } else { Router::new() };
     let events = get(info::kv_cache_events).post(info::kv_cache_events);
     Router::new()
         .route("/v1/completions", post(generate::completions))
@@ -54,6 +58,7 @@ pub fn router(worker: Arc<Worker>) -> Router {
         .route("/metrics", get(info::iterations))
         .route("/prometheus/metrics", get(info::prometheus))
         .route("/kv_cache_events", events)
+        .merge(tests)
         .fallback(unknown_path)
         .method_not_allowed_fallback(unknown_method)
         .layer(axum::middleware::from_fn(trace::tie))

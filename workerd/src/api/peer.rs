@@ -7,7 +7,6 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use axum::http::{Request, header};
-use baton_shared::id::Incarnation;
 use baton_shared::kv::record::Record;
 use baton_shared::wire::error::ErrorCode;
 use bytes::Bytes;
@@ -93,14 +92,11 @@ async fn incarnation_at(address: &str) -> Result<Option<String>, Failure> {
     Ok(info.and_then(|info| info.baton).map(|identity| identity.incarnation))
 }
 
-/// Which starts of other workers need not be asked: they are connected.
-pub type IsConnected = Box<dyn Fn(&Incarnation) -> bool + Send + Sync>;
-
 #[cfg(test)]
 mod tests {
     use axum::Json;
     use axum::routing::get;
-    use baton_shared::id::DisaggRequestId;
+    use baton_shared::id::{DisaggRequestId, Incarnation};
     use serde_json::{Value, json};
     use tokio::net::TcpListener;
 

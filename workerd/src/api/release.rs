@@ -15,6 +15,7 @@ use serde::Deserialize;
 use super::error::ApiError;
 use super::generate::read_body;
 use super::worker::Worker;
+use crate::failpoint::{self, Point};
 
 #[derive(Deserialize)]
 struct Release {
@@ -25,6 +26,7 @@ struct Release {
 pub async fn release(State(worker): State<Arc<Worker>>, request: Request<Body>) -> Response {
     match accept(&worker, request).await {
         Ok(id) => {
+            failpoint::arrive(Point::Release).await;
             worker.engine.release(id);
             Json(serde_json::json!({ "disagg_request_id": id })).into_response()
         }

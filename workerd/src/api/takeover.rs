@@ -64,7 +64,7 @@ impl Takeover {
     /// `kv_lease_gone` or `kv_peer_unreachable`.
     pub async fn confirm_peer(&self, worker: &Worker) -> Result<(), ApiError> {
         let owner = &self.record.incarnation;
-        let is_known = *owner == worker.incarnation || (worker.is_connected)(owner);
+        let is_known = *owner == worker.incarnation || worker.mover.is_connected(owner);
         if self.record.lease.is_none() || is_known {
             return Ok(());
         }

@@ -10,8 +10,8 @@ use baton_shared::wire::error::ErrorCode;
 
 use super::error::ApiError;
 use super::info::IterationStats;
-use super::peer::IsConnected;
 use crate::engine::EngineHandle;
+use crate::handover::mover::MoverHandle;
 use crate::metrics::Metrics;
 use crate::text::Texts;
 
@@ -39,8 +39,8 @@ pub struct Worker {
     pub limits: Limits,
     /// Counts.
     pub metrics: Arc<Metrics>,
-    /// Peers that need not be asked who they are.
-    pub is_connected: IsConnected,
+    /// Fetches blocks; knows which peers need not be asked who they are.
+    pub mover: MoverHandle,
     /// Ids for routers that send none.
     pub mint: IdMint,
     /// Unix seconds of its start.

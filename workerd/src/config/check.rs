@@ -163,7 +163,8 @@ impl HandoverSection {
             return Err(not_yet(key, self.max_tokens_in_buffer, "use 0"));
         }
         positive("handover.lease_timeout", self.lease_timeout)?;
-        positive("handover.pull_timeout", self.pull_timeout)
+        positive("handover.pull_timeout", self.pull_timeout)?;
+        positive("handover.quarantine_timeout", self.quarantine_timeout)
     }
 }
 

@@ -11,6 +11,7 @@ use super::run::{Engine, Flight};
 use super::sequence::{Kind, SeqId};
 use super::step::{Sampled, StepOut};
 use crate::backend::BackendError;
+use crate::failpoint::{self, Point};
 use crate::handover::offer::{self, OfferedLease};
 use crate::kv::lease::LeaseEnd;
 use crate::kv::pool::Blocks;
@@ -19,6 +20,7 @@ impl Engine {
     /// Plans a step and gives it to the back end; false if there is nothing to compute.
     pub(super) fn submit(&mut self) -> Result<bool, BackendError> {
         let Some(step) = self.scheduler.plan(&mut self.plan) else { return Ok(false) };
+        failpoint::reach(Point::Step);
         let ticket = self.backend.submit(&self.plan)?;
         self.totals.steps += 1;
         self.totals.prompt_computed += step.prompt_tokens;
@@ -69,10 +71,12 @@ impl Engine {
     /// The prompt's blocks are complete: they wait for their reader.
     fn finish_context(&mut self, id: SeqId, request: DisaggRequestId) {
         let blocks = self.scheduler.take_blocks(id);
+        failpoint::reach(Point::ContextComputed);
         let Some(leased) = self.lease(request, blocks) else {
             return self.fail(id, ErrorCode::Internal, "the blocks could not be leased");
         };
         let lease = leased.lease;
+        failpoint::reach(Point::ContextLeased);
         if self.tell(id, OutputEvent::ContextDone(Some(leased))) {
             self.finish(id, FinishReason::Length);
         } else {

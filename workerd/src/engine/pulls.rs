@@ -13,6 +13,7 @@ use super::Puller;
 use super::output::OutputEvent;
 use super::run::Engine;
 use super::sequence::{SeqId, Source};
+use crate::failpoint::{self, Point};
 use crate::handover::mover::MoverHandle;
 use crate::handover::{self, MoverEvent, PullId, PullJob};
 use crate::kv::lease::LeaseEnd;
@@ -139,6 +140,7 @@ impl Engine {
                     return;
                 };
                 blocks.become_state(BlockState::Used);
+                failpoint::reach(Point::GenerationPulled);
                 if let Some(id) = sequence {
                     self.arrive(id, blocks);
                 }
@@ -150,6 +152,7 @@ impl Engine {
             MoverEvent::LeaseRead(lease) => {
                 self.leases.end(lease, LeaseEnd::Pulled);
             }
+            MoverEvent::Lost => self.is_mover_lost = true,
         }
     }
 

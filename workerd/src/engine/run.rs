@@ -21,9 +21,10 @@ use super::status::Totals;
 use super::step::{StepOut, StepPlan};
 use super::{Command, Door, EngineConfig, EngineEnd, Puller};
 use crate::backend::{Backend, BackendError, StepTicket};
+use crate::failpoint;
 use crate::handover::PeerAddress;
 use crate::kv::lease::LeaseTable;
-use crate::kv::pool::BlockPool;
+use crate::kv::pool::{BlockPool, OnFree};
 use crate::kv::region::{EpochPage, KvRegion};
 
 /// An idle engine looks up this often.
@@ -122,6 +123,16 @@ pub(super) struct Engine {
     pub plan: StepPlan,
     pub out: StepOut,
     pub is_draining: bool,
+    pub is_mover_lost: bool,
+}
+
+/// Why the loop cannot go on.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    #[error("the thread that moves blocks met a bug")]
+    Mover,
 }
 
 /// A step that was submitted and not collected.
@@ -136,6 +147,9 @@ impl Engine {
         let kv = backend.pool().clone();
         let limits = limits(&config, &*backend, epochs.slots());
         let pool = BlockPool::new(kv.layout.blocks);
+        if failpoint::is_enabled() {
+            pool.on_free(overwrite(&kv));
+        }
         Self {
             scheduler: Scheduler::new(limits, pool),
             leases: LeaseTable::new(epochs),
@@ -146,6 +160,7 @@ impl Engine {
             plan: StepPlan::default(),
             out: StepOut::default(),
             is_draining: false,
+            is_mover_lost: false,
             door,
             config,
             backend,
@@ -156,12 +171,15 @@ impl Engine {
         }
     }
 
-    fn run(&mut self) -> Result<(), BackendError> {
+    fn run(&mut self) -> Result<(), Failure> {
         let mut commands = Vec::new();
         let mut patience = Duration::ZERO;
         loop {
             self.door.inbox.take(&mut commands, patience);
             commands.drain(..).for_each(|command| self.obey(command));
+            if self.is_mover_lost {
+                return Err(Failure::Mover);
+            }
             let has_worked = self.turn(Instant::now())?;
             if self.is_over() {
                 return Ok(());
@@ -206,6 +224,7 @@ impl Engine {
             status.running = self.scheduler.running();
             status.pulling = self.scheduler.pulling();
             status.leases = self.leases.count();
+            status.tombstones = self.leases.tombstones();
             status.blocks = self.scheduler.pool.counts();
             status.totals.clone_from(&self.totals);
         });
@@ -218,6 +237,13 @@ impl Engine {
             tell_failure(&sequence.output, ErrorCode::Internal, message);
         }
     }
+}
+
+/// Fills freed blocks with what is no number: whoever reads one too late cannot mistake it for the real thing.
+fn overwrite(kv: &KvRegion) -> OnFree {
+    let bytes = usize::try_from(kv.layout.block_bytes()).expect("a block fits into memory");
+    let (region, nothing) = (kv.region.clone(), vec![0xff; bytes]);
+    Box::new(move |block| region.write(block.0 as usize * bytes, &nothing))
 }
 
 /// Ends an output by an error.

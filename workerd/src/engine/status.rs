@@ -25,6 +25,8 @@ pub struct EngineStatus {
     pub pulling: usize,
     /// Leases held for a reader.
     pub leases: usize,
+    /// Released requests that are remembered.
+    pub tombstones: usize,
     /// Blocks by state.
     pub blocks: BlockCounts,
     /// Counters.

@@ -169,4 +169,6 @@ pub enum MoverEvent {
     },
     /// A reader says it is done with this lease.
     LeaseRead(LeaseId),
+    /// The mover met a bug and has ended: no block will be moved any more.
+    Lost,
 }

@@ -20,6 +20,7 @@ use baton_shared::id::{Incarnation, LeaseId};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::{MoverEvent, PeerAddress, PullId, PullJob, Transport, TransportError};
+use crate::failpoint::{self, Point};
 use crate::kv::region::Region;
 pub use peers::PeersSeen;
 use pulls::Pulls;
@@ -121,6 +122,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What a mover counts, since its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MoverFigures {
+    /// How often the `move` agent was rebuilt because transfers did not end.
+    pub rebuilds: u64,
+    /// Peers by the way their bytes come.
+    pub peers: PeersSeen,
+}
+
 /// The way to the mover thread. Cloning shares it; no call waits for the thread but [`Self::shutdown`].
 #[derive(Clone, Debug)]
 pub struct MoverHandle {
@@ -204,9 +214,12 @@ impl MoverHandle {
         lock(&self.shared.connected).contains(incarnation)
     }
 
-    /// How often the `move` agent was rebuilt.
-    pub fn rebuilds(&self) -> u64 {
-        self.shared.rebuilds.load(Ordering::Relaxed)
+    /// What is counted, for metrics.
+    pub fn figures(&self) -> MoverFigures {
+        MoverFigures {
+            rebuilds: self.shared.rebuilds.load(Ordering::Relaxed),
+            peers: self.peers_seen(),
+        }
     }
 
     /// Peers by the way their bytes come, since the start: found out with a peer's second request.
@@ -263,9 +276,7 @@ impl Thread {
 
     /// Runs until told to stop or until all handles are gone, then reports what is left.
     fn live(mut self) {
-        if catch_unwind(AssertUnwindSafe(|| self.run())).is_err() {
-            tracing::error!("the mover thread panicked: no further pull is possible");
-        }
+        let is_lost = catch_unwind(AssertUnwindSafe(|| self.run())).is_err();
         *lock(&self.shared.accepting) = false;
         let Self { pulls, serve, inbox, sink, shared, .. } = self;
         let waiting = inbox.try_iter().filter_map(|command| match command {
@@ -276,6 +287,9 @@ impl Thread {
         lock(&shared.connected).clear();
         drop(serve);
         deliver(&shared, &sink, events);
+        if is_lost {
+            sink(MoverEvent::Lost);
+        }
     }
 
     fn run(&mut self) {
@@ -309,7 +323,10 @@ impl Thread {
     fn obey(&mut self, command: Command) -> ControlFlow<()> {
         let now = Instant::now();
         match command {
-            Command::Pull(job) => self.pulls.accept(*job, now),
+            Command::Pull(job) => {
+                failpoint::reach(Point::PullAccepted);
+                self.pulls.accept(*job, now);
+            }
             Command::Cancel(id) => self.pulls.cancel(id, now),
             Command::Stop => return ControlFlow::Break(()),
         }
@@ -329,6 +346,7 @@ impl Thread {
         }
         ear.deaf = taken.is_err();
         for lease in ear.messages.iter().filter_map(|(_, message)| read_notice(message)) {
+            failpoint::reach(Point::LeaseRead);
             (self.sink)(MoverEvent::LeaseRead(lease));
         }
         !ear.messages.is_empty()
@@ -360,7 +378,7 @@ fn deliver(shared: &Shared, sink: &Sink, events: Vec<MoverEvent>) {
         let ended = match event {
             MoverEvent::Pulled { .. } | MoverEvent::Settled { .. } => true,
             MoverEvent::PullFailed { settled, .. } => settled,
-            MoverEvent::LeaseRead(_) => false,
+            MoverEvent::LeaseRead(_) | MoverEvent::Lost => false,
         };
         if ended {
             shared.unfinished.fetch_sub(1, Ordering::Relaxed);

@@ -93,6 +93,11 @@ impl LeaseTable {
         self.held.len()
     }
 
+    /// Released requests that are remembered, at most [`MAX_TOMBSTONES`].
+    pub fn tombstones(&self) -> usize {
+        self.tombstones.by_age.len()
+    }
+
     /// Ended leases by how.
     pub fn ends(&self) -> LeaseEnds {
         self.ends

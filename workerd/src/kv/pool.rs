@@ -44,12 +44,22 @@ pub struct BlockPool {
     shared: Rc<RefCell<Shared>>,
 }
 
-#[derive(Debug)]
 struct Shared {
     /// Oldest first: the block that has been free for longest is used next.
     free: VecDeque<BlockIndex>,
     entries: Vec<Entry>,
     counts: BlockCounts,
+    /// Told of each block that becomes free.
+    on_free: Option<OnFree>,
+}
+
+/// Hears which block has become free, before anybody else can have it.
+pub type OnFree = Box<dyn Fn(BlockIndex)>;
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("counts", &self.counts).finish_non_exhaustive()
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -75,8 +85,14 @@ impl BlockPool {
             free: (0..blocks).map(BlockIndex).collect(),
             entries: vec![Entry::default(); blocks as usize],
             counts: BlockCounts { free: blocks, ..BlockCounts::default() },
+            on_free: None,
         };
         Self { shared: Rc::new(RefCell::new(shared)) }
+    }
+
+    /// From now on `hook` hears of each block that becomes free. It must not touch the pool.
+    pub fn on_free(&self, hook: OnFree) {
+        self.shared.borrow_mut().on_free = Some(hook);
     }
 
     /// Blocks by state. One that is both leased and used counts as leased.
@@ -157,6 +173,9 @@ impl Drop for Blocks {
         for block in &self.ids {
             shared.change(*block, |entry| entry.let_go(self.state));
             if shared.entries[block.0 as usize].is_free() {
+                if let Some(hook) = &shared.on_free {
+                    hook(*block);
+                }
                 shared.free.push_back(*block);
             }
         }

@@ -145,12 +145,16 @@ pub struct EpochPage {
 }
 
 impl EpochPage {
-    /// `slots` words, all 0.
+    /// `slots` words. Each starts at random, so that no word says what one of an earlier start of this process said.
     ///
     /// # Errors
     /// As [`Region::host`].
     pub fn new(slots: usize) -> std::io::Result<Self> {
-        Ok(Self { region: Region::host(slots * 8)? })
+        let page = Self { region: Region::host(slots * 8)? };
+        // Half of what a word holds is left to rise into.
+        (0..page.slots())
+            .for_each(|slot| page.word(slot).store(rand::random::<u64>() >> 1, Ordering::Release));
+        Ok(page)
     }
 
     /// What is registered.

@@ -122,7 +122,7 @@ impl Running {
     async fn until_counted(&self, outcome: &str, count: u64) {
         let wanted = format!("outcome=\"{outcome}\"");
         self.until("the request is counted", |status| {
-            let metrics = self.worker.metrics.render(status);
+            let metrics = self.worker.metrics.render(status, self.worker.mover.figures());
             let series = metrics.lines().filter(|line| line.contains(&wanted));
             let counts = series.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok());
             counts.sum::<u64>() == count

@@ -135,7 +135,7 @@ impl Running {
                 block_tokens: BLOCK_TOKENS,
             },
             metrics: Arc::new(Metrics::new(Role::Both)),
-            is_connected: Box::new(move |incarnation| mover.is_connected(incarnation)),
+            mover,
             mint: IdMint::new(1, 1),
             started: 7,
             iterations: IterationStats::default(),

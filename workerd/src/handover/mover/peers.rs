@@ -179,7 +179,5 @@ impl Peer {
         };
         *count += 1;
         tracing::info!(agent = self.agent, transport, "found out how this peer's blocks come");
-        metrics::counter!("baton_worker_handover_peers_total", "transport" => transport)
-            .increment(1);
     }
 }

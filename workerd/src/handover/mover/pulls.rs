@@ -19,6 +19,7 @@ use super::super::{
 use super::peers::{Peers, PeersSeen, Room};
 use super::pull::{Failure, Part, Pull, Request, Stage, requests, unreachable};
 use super::{MoverError, MoverSettings, write_notice};
+use crate::failpoint::{self, Point};
 use crate::kv::region::Region;
 
 /// Epoch words that can be on their way at once.
@@ -242,6 +243,7 @@ impl Pulls {
         if self.free_slots.len() < pull.parts.len() {
             return false;
         }
+        failpoint::reach(Point::PullRead);
         for part in &mut pull.parts {
             let Some(slot) = self.free_slots.pop() else { return false };
             // Anything but the value that is hoped for: a read that writes nothing must not pass.
@@ -268,12 +270,14 @@ impl Pulls {
                 format!("the lease of worker `{}` ended before its blocks were read", pull.worker);
             return self.give_up(pull, Failure { code: ErrorCode::KvLeaseGone, message }, now);
         }
+        failpoint::reach(Point::PullFenced);
         for part in &pull.parts {
             // The data is good whoever hears of it; an owner that does not ends the lease by time.
             if let Err(error) = self.transport.notify(part.peer, &write_notice(pull.lease)) {
                 tracing::warn!(worker = %pull.worker, %error, "cannot tell a worker that its lease was read");
             }
         }
+        failpoint::reach(Point::PullNotified);
         self.release_slots(pull);
         pull.stage = Stage::Over;
         self.events.push(MoverEvent::Pulled {
@@ -298,6 +302,7 @@ impl Pulls {
                     }
                 }
                 let Some(runs) = part.waiting.pop_front() else { break };
+                failpoint::reach(Point::PullPost);
                 let posted = self.transport.post(Op::Read, part.peer, &runs);
                 let id = posted.map_err(|error| {
                     if let TransportError::Unreachable { .. } = error {
@@ -305,6 +310,7 @@ impl Pulls {
                     }
                     unreachable(worker, &error.to_string())
                 })?;
+                failpoint::reach(Point::PullPosted);
                 progress = true;
                 let request = Request { id, runs, warm: self.peers.posted(part.peer) };
                 // A copy out of the peer's memory is over already.
