@@ -3,10 +3,12 @@
 
 mod auth;
 mod bad_requests;
+mod chaos;
 mod checkpoints;
 mod departures;
 mod engine_golden;
 mod equality;
+mod fire;
 mod golden;
 mod handover;
 mod mixed;

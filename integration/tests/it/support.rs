@@ -108,7 +108,7 @@ pub async fn complete(client: Client, request: &Value, stream: bool) -> Outcome 
 }
 
 /// Joins chunks; a whole answer is one chunk.
-fn outcome(chunks: &[Value], usage: &Value) -> Outcome {
+pub fn outcome(chunks: &[Value], usage: &Value) -> Outcome {
     let number = |key: &str| usage[key].as_u64().unwrap_or_else(|| panic!("{key} in {usage}"));
     let usage = ["prompt_tokens", "completion_tokens", "total_tokens"].map(number);
     let mut joined = Outcome {

@@ -1,0 +1,100 @@
+//! What goes wrong in a trial: at most one worker of each role is struck, so that the other one could serve everybody.
+
+use std::time::Duration;
+
+use rand::Rng;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+
+use crate::fire::scene::{CONTEXTS, GENERATIONS, Way};
+
+/// What happens to one worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// SIGKILL.
+    Kill,
+    /// SIGSTOP, and SIGCONT after this.
+    Stop(Duration),
+    /// SIGTERM: it finishes and ends.
+    End,
+    /// The router's connections to it break, for this long.
+    Cut(Duration),
+    /// Nothing passes between the router and it, for this long.
+    Hold(Duration),
+    /// A failpoint does something, for this long.
+    At(&'static str, &'static str, Duration),
+}
+
+impl Fault {
+    /// Whether the worker may end by this.
+    pub fn may_end(self) -> bool {
+        match self {
+            Self::Kill | Self::End | Self::At(_, "abort" | "panic", _) => true,
+            Self::Stop(_) | Self::Cut(_) | Self::Hold(_) | Self::At(..) => false,
+        }
+    }
+}
+
+/// A fault, where and when.
+#[derive(Clone, Copy, Debug)]
+pub struct Strike {
+    /// Place of the worker in the cluster.
+    pub worker: usize,
+    /// Counted from when the requests are sent.
+    pub after: Duration,
+    pub fault: Fault,
+}
+
+const CONTEXT_POINTS: [&str; 6] =
+    ["context.computed", "context.leased", "context.answer", "lease.read", "release", "step"];
+const GENERATION_POINTS: [&str; 10] = [
+    "generation.checked",
+    "generation.confirmed",
+    "pull.accepted",
+    "pull.post",
+    "pull.posted",
+    "pull.read",
+    "pull.fenced",
+    "pull.notified",
+    "generation.pulled",
+    "step",
+];
+const ACTIONS: [&str; 4] = ["abort", "panic", "hold", "delay(30ms)"];
+/// Requests of a trial are sent within this; strikes fall within it too.
+pub const SPREAD: Duration = Duration::from_millis(120);
+
+/// What happens in trial number `trial`.
+pub fn draw(random: &mut StdRng, trial: usize, way: Way) -> Vec<Strike> {
+    let (context, generation) = [(true, false), (false, true), (true, true)][random.random_range(0..3)];
+    let mut strikes = Vec::new();
+    for (is_struck, workers, points) in
+        [(context, CONTEXTS, &CONTEXT_POINTS[..]), (generation, GENERATIONS, &GENERATION_POINTS[..])]
+    {
+        if is_struck {
+            // Every point with every action comes in turn.
+            let point = points[trial % points.len()];
+            let action = ACTIONS[trial / points.len() % ACTIONS.len()];
+            let fault = fault(random, point, action, way);
+            let worker = *workers.choose(random).expect("a role has workers");
+            strikes.push(Strike { worker, after: within(random, Duration::ZERO, SPREAD), fault });
+        }
+    }
+    strikes
+}
+
+fn fault(random: &mut StdRng, point: &'static str, action: &'static str, way: Way) -> Fault {
+    let long = within(random, Duration::from_millis(20), Duration::from_millis(1500));
+    match random.random_range(0..10) {
+        0 => Fault::Kill,
+        // Over TCP a stopped worker can end by its dead peer: UCX aborts when it answers a connection that is gone.
+        1 if way == Way::Cma => Fault::Stop(long),
+        2 => Fault::End,
+        3 => Fault::Cut(long),
+        4 => Fault::Hold(long),
+        _ => Fault::At(point, action, long),
+    }
+}
+
+fn within(random: &mut StdRng, least: Duration, most: Duration) -> Duration {
+    Duration::from_micros(random.random_range(least.as_micros() as u64..most.as_micros() as u64))
+}

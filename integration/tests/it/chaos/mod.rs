@@ -1,0 +1,276 @@
+//! Chaos: two context workers, two generation workers and the router, struck at random and at every failpoint.
+//!
+//! Holds in every trial, as one worker of each role is left alone: no request fails before its first byte, none has a
+//! wrong token, all end in time, nobody ends with a peer, and afterwards every block is free. Freed blocks are
+//! overwritten, so that a token computed from one is wrong. `BATON_CHAOS_SEED` and `BATON_CHAOS_TRIALS` repeat a run.
+
+mod faults;
+mod judge;
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use baton_integration::cluster::{Cluster, Plan, overlay};
+use baton_integration::eventually::eventually;
+use baton_integration::relay::{Passage, Relay};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use tokio::task::JoinHandle;
+use toml::toml;
+
+use self::faults::{Fault, SPREAD, Strike};
+use self::judge::{Question, Verdict};
+use crate::fire::scene::{Way, plan, worker};
+use crate::support::{READY, STOP, metrics};
+use crate::tiny::{self, Tiny};
+
+/// Requests of a trial.
+const REQUESTS: usize = 6;
+/// A worker that was left alone has no block in use this long after the last request: releases take 2 s at most.
+const FREE: Duration = Duration::from_millis(2500);
+/// A worker that was struck keeps leases until they expire.
+const FREE_AFTER_STRIKE: Duration = Duration::from_secs(8);
+
+/// The cluster of the trials.
+struct Arena {
+    cluster: Cluster,
+    relays: Vec<Relay>,
+    questions: Vec<Question>,
+    random: StdRng,
+    way: Way,
+    endings: BTreeMap<&'static str, usize>,
+    _folder: tempfile::TempDir,
+}
+
+/// What is done to a worker at a moment of a trial.
+#[derive(Clone, Debug)]
+enum Act {
+    Signal(&'static str),
+    Pass(Passage),
+    Arm(&'static str, &'static str),
+}
+
+async fn try_cluster(model: &Tiny, way: Way, folder: &tempfile::TempDir) -> anyhow::Result<(Cluster, Vec<Relay>)> {
+    let settings = toml! {
+        [handover]
+        lease_timeout = "4s"
+        pull_timeout = "700ms"
+        quarantine_timeout = "1s"
+        [kv]
+        max_tokens = 8192
+    };
+    let mut plan = plan(model, 2, 2, &worker(way, &settings));
+    overlay(
+        plan.router.as_mut().expect("a router"),
+        &toml! {
+            [routing]
+            context_timeout = "2s"
+            first_token_timeout = "2s"
+            idle_timeout = "3s"
+            queue_timeout = "8s"
+            [health]
+            probe_interval = "100ms"
+            probe_timeout = "300ms"
+            eject_time = "200ms"
+            eject_time_max = "500ms"
+        },
+    );
+    let relays = plan.behind_relays().await?;
+    Ok((Cluster::start(&plan, folder.path(), READY).await?, relays))
+}
+
+impl Arena {
+    async fn open(way: Way, seed: u64) -> Self {
+        let (model, folder) = (tiny::model(4), tempfile::tempdir().unwrap());
+        let mut random = StdRng::seed_from_u64(seed);
+        let mut reference = Plan::local(&model.path, 0, 1, &toml::Table::new()).unwrap();
+        reference.router = None;
+        reference.workers[0].0 = "reference".to_owned();
+        let reference = Cluster::start(&reference, folder.path(), READY).await.unwrap();
+        let client = reference.workers[0].client();
+        let questions = judge::questions(&mut random, 42, &model, client).await;
+        reference.stop(STOP).unwrap();
+        let mut tries = 0;
+        let (cluster, relays) = loop {
+            match try_cluster(&model, way, &folder).await {
+                Ok(started) => break started,
+                // Somebody else took a port between our looking and the daemon's binding.
+                Err(error) if tries < 3 && format!("{error:#}").contains("in use") => tries += 1,
+                Err(error) => panic!("{error:#}"),
+            }
+        };
+        let endings = BTreeMap::new();
+        let mut arena = Self { cluster, relays, questions, random, way, endings, _folder: folder };
+        arena.until_usable().await;
+        arena
+    }
+
+    async fn trial(&mut self, trial: usize) {
+        let strikes = faults::draw(&mut self.random, trial, self.way);
+        let what = format!("trial {trial}, {strikes:?}");
+        let asked: Vec<_> = (0..REQUESTS).map(|_| self.send()).collect();
+        self.strike(&strikes).await;
+        for task in asked {
+            match task.await {
+                Ok(Ok(verdict)) => *self.endings.entry(name(verdict)).or_default() += 1,
+                Ok(Err(wrong)) => panic!("{what}: {wrong}"),
+                Err(gone) if gone.is_cancelled() => {}
+                Err(error) => panic!("{what}: {error}"),
+            }
+        }
+        self.heal(&strikes, &what).await;
+        self.until_free(&strikes, &what).await;
+    }
+
+    /// Sends a request a little later; some clients leave.
+    fn send(&mut self) -> JoinHandle<Result<Verdict, String>> {
+        let question = self.questions.choose(&mut self.random).expect("there are some").clone();
+        let (client, stream) = (self.cluster.client(), self.random.random());
+        let after = SPREAD.mul_f64(self.random.random());
+        let task = tokio::spawn(async move {
+            tokio::time::sleep(after).await;
+            judge::ask(client, &question, stream).await
+        });
+        if self.random.random_range(0..8) == 0 {
+            let (leaves, handle) = (SPREAD.mul_f64(self.random.random::<f64>() * 2.0), task.abort_handle());
+            tokio::spawn(async move {
+                tokio::time::sleep(leaves).await;
+                handle.abort();
+            });
+        }
+        task
+    }
+
+    /// Does what is to be done, when it is to be done.
+    async fn strike(&mut self, strikes: &[Strike]) {
+        let mut acts: Vec<(Duration, usize, Act)> = Vec::new();
+        for Strike { worker, after, fault } in strikes {
+            let mut act = |at: Duration, act| acts.push((*after + at, *worker, act));
+            match *fault {
+                Fault::Kill => act(Duration::ZERO, Act::Signal("KILL")),
+                Fault::End => act(Duration::ZERO, Act::Signal("TERM")),
+                Fault::Stop(long) => {
+                    act(Duration::ZERO, Act::Signal("STOP"));
+                    act(long, Act::Signal("CONT"));
+                }
+                Fault::Cut(long) => {
+                    act(Duration::ZERO, Act::Pass(Passage::Cut));
+                    act(long, Act::Pass(Passage::Open));
+                }
+                Fault::Hold(long) => {
+                    act(Duration::ZERO, Act::Pass(Passage::Held));
+                    act(long, Act::Pass(Passage::Open));
+                }
+                Fault::At(point, action, long) => {
+                    act(Duration::ZERO, Act::Arm(point, action));
+                    act(long, Act::Arm(point, "off"));
+                }
+            }
+        }
+        acts.sort_by_key(|(at, _, _)| *at);
+        let begun = tokio::time::Instant::now();
+        for (at, worker, act) in acts {
+            tokio::time::sleep_until(begun + at).await;
+            self.act(worker, act).await;
+        }
+    }
+
+    async fn act(&mut self, worker: usize, act: Act) {
+        match act {
+            Act::Signal(name) => self.cluster.workers[worker].process.signal(name).unwrap(),
+            Act::Pass(passage) => self.relays[worker].set(passage),
+            // One that has ended meanwhile cannot be armed, nor need it be.
+            Act::Arm(point, action) => drop(self.cluster.workers[worker].arm(point, action).await),
+        }
+    }
+
+    /// Starts what ended on purpose again; nobody else may have ended.
+    async fn heal(&mut self, strikes: &[Strike], what: &str) {
+        for index in 0..self.cluster.workers.len() {
+            let struck = strikes.iter().find(|strike| strike.worker == index).map(|strike| strike.fault);
+            let process = &mut self.cluster.workers[index].process;
+            match struck {
+                Some(Fault::Kill) => drop(process.wait(STOP).unwrap()),
+                Some(Fault::End) => {
+                    let status = process.wait(STOP).unwrap();
+                    assert!(status.success(), "{what}: {} ended with {status}", process.name());
+                }
+                _ => {}
+            }
+            if let Some(status) = process.ended().unwrap() {
+                let is_meant = struck.is_some_and(Fault::may_end);
+                assert!(is_meant, "{what}: {} ended with {status}\n{}", process.name(), process.log());
+                self.cluster.restart(index).unwrap();
+                self.cluster.workers[index].ready(READY).await.unwrap();
+            }
+        }
+        let router = self.cluster.router.as_mut().expect("a router");
+        assert!(router.process.ended().unwrap().is_none(), "{what}: the router ended");
+        self.until_usable().await;
+    }
+
+    /// Waits until the router would send requests to all workers.
+    async fn until_usable(&mut self) {
+        eventually(READY, "the router uses all workers", || async {
+            let workers = self.cluster.admin().get("/admin/workers").await.ok()?.ok().ok()?;
+            let usable = |worker: &serde_json::Value| worker["condition"] == "up";
+            workers["workers"].as_array()?.iter().all(usable).then_some(())
+        })
+        .await;
+    }
+
+    async fn until_free(&self, strikes: &[Strike], what: &str) {
+        for (index, member) in self.cluster.workers.iter().enumerate() {
+            let is_struck = strikes.iter().any(|strike| strike.worker == index);
+            let patience = if is_struck { FREE_AFTER_STRIKE } else { FREE };
+            eventually(patience, &format!("{what}: {index} is free"), || async {
+                let metrics = metrics(member).await;
+                let busy = |state| metrics.sum("baton_worker_kv_blocks", &[("state", state)]);
+                let busy = ["used", "leased", "in_flight", "quarantined"].map(busy);
+                (busy.iter().sum::<f64>() == 0.0).then_some(())
+            })
+            .await;
+        }
+    }
+}
+
+fn name(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Right => "right",
+        Verdict::BrokenOff => "broken off after the first byte",
+    }
+}
+
+async fn trials(way: Way, count: usize) {
+    let given = |name| std::env::var(name).ok().map(|value: String| value.parse::<u64>().unwrap());
+    let seed = given("BATON_CHAOS_SEED").unwrap_or_else(rand::random);
+    let count = given("BATON_CHAOS_TRIALS").map_or(count, |count| count as usize);
+    println!("{count} trials, {way:?}, BATON_CHAOS_SEED={seed}");
+    let begun = Instant::now();
+    let mut arena = Arena::open(way, seed).await;
+    for trial in 0..count {
+        arena.trial(trial).await;
+    }
+    println!("{:?} in {:?}", arena.endings, begun.elapsed());
+    let right = arena.endings.get(name(Verdict::Right)).copied().unwrap_or_default();
+    assert!(right > count * REQUESTS / 2, "most requests are answered: {:?}", arena.endings);
+    arena.cluster.stop(STOP).unwrap();
+}
+
+#[tokio::test]
+async fn whatever_dies_no_request_is_lost_and_nothing_is_left_behind() {
+    trials(Way::Cma, 45).await;
+}
+
+#[tokio::test]
+async fn whatever_dies_no_request_is_lost_and_nothing_is_left_behind_over_tcp() {
+    trials(Way::Tcp, 15).await;
+}
+
+#[tokio::test]
+#[ignore = "an hour: `make test-long`"]
+async fn two_thousand_trials_lose_no_request() {
+    trials(Way::Cma, 1600).await;
+    trials(Way::Tcp, 400).await;
+}
