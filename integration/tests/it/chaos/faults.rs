@@ -65,11 +65,13 @@ pub const SPREAD: Duration = Duration::from_millis(120);
 
 /// What happens in trial number `trial`.
 pub fn draw(random: &mut StdRng, trial: usize, way: Way) -> Vec<Strike> {
-    let (context, generation) = [(true, false), (false, true), (true, true)][random.random_range(0..3)];
+    let (context, generation) =
+        [(true, false), (false, true), (true, true)][random.random_range(0..3)];
     let mut strikes = Vec::new();
-    for (is_struck, workers, points) in
-        [(context, CONTEXTS, &CONTEXT_POINTS[..]), (generation, GENERATIONS, &GENERATION_POINTS[..])]
-    {
+    for (is_struck, workers, points) in [
+        (context, CONTEXTS, &CONTEXT_POINTS[..]),
+        (generation, GENERATIONS, &GENERATION_POINTS[..]),
+    ] {
         if is_struck {
             // Every point with every action comes in turn.
             let point = points[trial % points.len()];

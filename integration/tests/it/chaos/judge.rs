@@ -22,7 +22,12 @@ pub struct Question {
 }
 
 /// Questions of many kinds, answered by the worker at `reference`.
-pub async fn questions(random: &mut StdRng, count: usize, model: &Tiny, reference: Client) -> Vec<Question> {
+pub async fn questions(
+    random: &mut StdRng,
+    count: usize,
+    model: &Tiny,
+    reference: Client,
+) -> Vec<Question> {
     let mut questions = Vec::new();
     for index in 0..count {
         let length = [1, 31, 32, 33, 100, 300, 700][index % 7];
@@ -84,8 +89,10 @@ async fn answer(client: Client, question: &Question, stream: bool) -> Result<Ver
             Err(error) => return Err(format!("no error event before {error:#}")),
         };
         if event.get("error").is_some() {
-            let text: String =
-                events.iter().filter_map(|one: &Value| one["choices"][0]["text"].as_str()).collect();
+            let text: String = events
+                .iter()
+                .filter_map(|one: &Value| one["choices"][0]["text"].as_str())
+                .collect();
             return if expected.text.starts_with(&text) {
                 Ok(Verdict::BrokenOff)
             } else {
@@ -99,5 +106,9 @@ async fn answer(client: Client, question: &Question, stream: bool) -> Result<Ver
 }
 
 fn same(got: &Outcome, expected: &Outcome) -> Result<Verdict, String> {
-    if got == expected { Ok(Verdict::Right) } else { Err(format!("{got:?} instead of {expected:?}")) }
+    if got == expected {
+        Ok(Verdict::Right)
+    } else {
+        Err(format!("{got:?} instead of {expected:?}"))
+    }
 }

@@ -10,7 +10,7 @@ mod judge;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use baton_integration::cluster::{Cluster, Plan, overlay};
+use baton_integration::cluster::{Cluster, Member, Plan, overlay};
 use baton_integration::eventually::eventually;
 use baton_integration::relay::{Passage, Relay};
 use rand::rngs::StdRng;
@@ -51,7 +51,11 @@ enum Act {
     Arm(&'static str, &'static str),
 }
 
-async fn try_cluster(model: &Tiny, way: Way, folder: &tempfile::TempDir) -> anyhow::Result<(Cluster, Vec<Relay>)> {
+async fn try_cluster(
+    model: &Tiny,
+    way: Way,
+    folder: &tempfile::TempDir,
+) -> anyhow::Result<(Cluster, Vec<Relay>)> {
     let settings = toml! {
         [handover]
         lease_timeout = "4s"
@@ -133,7 +137,8 @@ impl Arena {
             judge::ask(client, &question, stream).await
         });
         if self.random.random_range(0..8) == 0 {
-            let (leaves, handle) = (SPREAD.mul_f64(self.random.random::<f64>() * 2.0), task.abort_handle());
+            let (leaves, handle) =
+                (SPREAD.mul_f64(self.random.random::<f64>() * 2.0), task.abort_handle());
             tokio::spawn(async move {
                 tokio::time::sleep(leaves).await;
                 handle.abort();
@@ -188,10 +193,18 @@ impl Arena {
     /// Starts what ended on purpose again; nobody else may have ended.
     async fn heal(&mut self, strikes: &[Strike], what: &str) {
         for index in 0..self.cluster.workers.len() {
-            let struck = strikes.iter().find(|strike| strike.worker == index).map(|strike| strike.fault);
-            let process = &mut self.cluster.workers[index].process;
+            let struck =
+                strikes.iter().find(|strike| strike.worker == index).map(|strike| strike.fault);
+            let member = &mut self.cluster.workers[index];
+            let is_ending = match struck {
+                // Its engine has failed, and it closes its connections.
+                Some(Fault::At(_, "abort" | "panic", _)) => !is_healthy(member).await,
+                _ => false,
+            };
+            let process = &mut member.process;
             match struck {
                 Some(Fault::Kill) => drop(process.wait(STOP).unwrap()),
+                _ if is_ending => drop(process.wait(STOP).unwrap()),
                 Some(Fault::End) => {
                     let status = process.wait(STOP).unwrap();
                     assert!(status.success(), "{what}: {} ended with {status}", process.name());
@@ -200,7 +213,12 @@ impl Arena {
             }
             if let Some(status) = process.ended().unwrap() {
                 let is_meant = struck.is_some_and(Fault::may_end);
-                assert!(is_meant, "{what}: {} ended with {status}\n{}", process.name(), process.log());
+                assert!(
+                    is_meant,
+                    "{what}: {} ended with {status}\n{}",
+                    process.name(),
+                    process.log()
+                );
                 self.cluster.restart(index).unwrap();
                 self.cluster.workers[index].ready(READY).await.unwrap();
             }
@@ -235,6 +253,10 @@ impl Arena {
     }
 }
 
+async fn is_healthy(member: &Member) -> bool {
+    member.client().get("/health").await.is_ok_and(|answer| answer.status == 200)
+}
+
 fn name(verdict: Verdict) -> &'static str {
     match verdict {
         Verdict::Right => "right",
@@ -242,35 +264,57 @@ fn name(verdict: Verdict) -> &'static str {
     }
 }
 
-async fn trials(way: Way, count: usize) {
-    let given = |name| std::env::var(name).ok().map(|value: String| value.parse::<u64>().unwrap());
-    let seed = given("BATON_CHAOS_SEED").unwrap_or_else(rand::random);
-    let count = given("BATON_CHAOS_TRIALS").map_or(count, |count| count as usize);
-    println!("{count} trials, {way:?}, BATON_CHAOS_SEED={seed}");
-    let begun = Instant::now();
-    let mut arena = Arena::open(way, seed).await;
-    for trial in 0..count {
-        arena.trial(trial).await;
+/// So many trials with this seed.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    way: Way,
+    trials: usize,
+    seed: u64,
+}
+
+impl Run {
+    /// As many as `trials` with a seed of its own, unless the environment says otherwise.
+    fn new(way: Way, trials: usize) -> Self {
+        let given = |name| std::env::var(name).ok().map(|value: String| value.parse().unwrap());
+        let seed = given("BATON_CHAOS_SEED").unwrap_or_else(rand::random);
+        Self { way, trials: given("BATON_CHAOS_TRIALS").map_or(trials, |n| n as usize), seed }
     }
-    println!("{:?} in {:?}", arena.endings, begun.elapsed());
-    let right = arena.endings.get(name(Verdict::Right)).copied().unwrap_or_default();
-    assert!(right > count * REQUESTS / 2, "most requests are answered: {:?}", arena.endings);
-    arena.cluster.stop(STOP).unwrap();
+
+    /// How its requests ended.
+    async fn go(self) -> BTreeMap<&'static str, usize> {
+        let mut arena = Arena::open(self.way, self.seed).await;
+        for trial in 0..self.trials {
+            arena.trial(trial).await;
+        }
+        let right = arena.endings.get(name(Verdict::Right)).copied().unwrap_or_default();
+        assert!(right > self.trials * REQUESTS / 2, "most are answered: {:?}", arena.endings);
+        arena.cluster.stop(STOP).unwrap();
+        arena.endings
+    }
 }
 
 #[tokio::test]
 async fn whatever_dies_no_request_is_lost_and_nothing_is_left_behind() {
-    trials(Way::Cma, 45).await;
+    let run = Run::new(Way::Cma, 45);
+    println!("{run:?}");
+    let begun = Instant::now();
+    println!("{:?} in {:?}", run.go().await, begun.elapsed());
 }
 
 #[tokio::test]
 async fn whatever_dies_no_request_is_lost_and_nothing_is_left_behind_over_tcp() {
-    trials(Way::Tcp, 15).await;
+    let run = Run::new(Way::Tcp, 15);
+    println!("{run:?}");
+    let begun = Instant::now();
+    println!("{:?} in {:?}", run.go().await, begun.elapsed());
 }
 
 #[tokio::test]
 #[ignore = "an hour: `make test-long`"]
 async fn two_thousand_trials_lose_no_request() {
-    trials(Way::Cma, 1600).await;
-    trials(Way::Tcp, 400).await;
+    for run in [Run::new(Way::Cma, 1600), Run::new(Way::Tcp, 400)] {
+        let begun = Instant::now();
+        println!("{run:?}");
+        println!("{:?} in {:?}", run.go().await, begun.elapsed());
+    }
 }
