@@ -61,3 +61,40 @@ async fn a_cluster_without_a_key_serves_on_loopback() {
     assert_eq!(complete(running.cluster.client(), &request, false).await.usage[1], 4);
     running.stop();
 }
+
+#[tokio::test]
+async fn keys_are_rotated_without_a_refused_request() {
+    let folder = tempfile::tempdir().unwrap();
+    let key = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (first, second) = ("a-key-that-is-long-enough-1\n", "a-key-that-is-long-enough-2\n");
+    let old = key("old", first);
+    let both = key("both", &format!("{first}{second}"));
+    let turned = key("turned", &format!("{second}{first}"));
+    let new = key("new", second);
+    let model = tiny::model(4);
+    // Daemon after daemon learns the new key, signs with it, and forgets the old one.
+    for [context, generation, router] in [
+        [&old, &both, &old],
+        [&both, &both, &turned],
+        [&turned, &both, &turned],
+        [&turned, &new, &turned],
+        [&new, &new, &new],
+    ] {
+        let mut plan = Plan::local(&model.path, 1, 1, &toml::Table::new()).unwrap();
+        let path = ["auth", "internal_request_auth_key_file"];
+        set(&mut plan.workers[0].1, &path, context.clone());
+        set(&mut plan.workers[1].1, &path, generation.clone());
+        set(plan.router.as_mut().unwrap(), &path, router.clone());
+        let run = tempfile::tempdir().unwrap();
+        let cluster = Cluster::start(&plan, run.path(), READY).await.unwrap();
+        let request =
+            json!({"model": model.name, "prompt": "hello", "max_tokens": 4, "ignore_eos": true});
+        assert_eq!(complete(cluster.client(), &request, false).await.usage[1], 4);
+        all_free(&cluster, Duration::from_secs(4)).await;
+        cluster.stop(STOP).unwrap();
+    }
+}

@@ -208,12 +208,23 @@ async fn a_lost_lease_is_computed_again_and_the_old_one_released() {
 #[tokio::test]
 async fn a_deployment_mistake_is_a_502_with_the_workers_words() {
     let scene = scene(2, 2, Table::new()).await;
-    scene.generations.iter().for_each(|one| one.behave(refusal(409, "kv_incompatible")));
-    let answer = scene.client().post("/v1/completions", &ask()).await.unwrap();
-    assert_eq!(answer.status, 502);
-    assert!(String::from_utf8_lossy(&answer.body).contains("scripted"));
-    let passes: usize = scene.contexts.iter().map(|one| one.requests().len()).sum();
-    assert_eq!(passes, 1, "nothing is repeated");
+    for (passes, (status, code)) in
+        [(409, "kv_incompatible"), (400, "kv_state_invalid"), (401, "unauthorized")]
+            .into_iter()
+            .enumerate()
+    {
+        scene.generations.iter().for_each(|one| one.behave(refusal(status, code)));
+        let answer = scene.client().post("/v1/completions", &ask()).await.unwrap();
+        assert_eq!(answer.status, 502, "{code}");
+        assert!(String::from_utf8_lossy(&answer.body).contains("scripted"), "{code}");
+        let seen: usize = scene.contexts.iter().map(|one| one.requests().len()).sum();
+        assert_eq!(seen, passes + 1, "nothing is repeated: {code}");
+        eventually(Duration::from_secs(2), "the record left behind is released", || async {
+            let released: usize = scene.contexts.iter().map(|one| one.released().len()).sum();
+            (released == seen).then_some(())
+        })
+        .await;
+    }
     scene.stop();
 }
 
