@@ -132,10 +132,11 @@ impl<'a> Route<'a> {
             match self.generation(&mut lease, answer).await {
                 Generated::Routed(routed) => return routed,
                 Generated::Lost { blame_context } => {
-                    tried = Tried::default();
                     if blame_context {
                         self.shared.table.report(&lease.worker, Outcome::Failed);
-                        tried.add(&lease.worker);
+                        tried.doubt(&lease.worker);
+                    } else {
+                        tried.forget(&lease.worker);
                     }
                     self.shared.metrics.retry(Phase::Context);
                 }
@@ -339,20 +340,20 @@ impl<'a> Route<'a> {
     }
 
     /// A worker for this phase from the newest table; waits up to `queue_timeout` for one that is usable and has room.
+    /// As long it waits for another one before a worker that has failed this request is asked again.
     async fn choose(&mut self, tried: &mut Tried) -> Result<Arc<Worker>, Routed> {
         let (phase, table) = (self.phase, &self.shared.table);
-        let queue = &mut self.queues[phase as usize];
         loop {
             let picked = table.pick(phase, &self.features, tried);
-            let all_busy = match &picked {
-                Some(worker) => queue.busy && tried.contains(worker),
-                None => false,
-            };
-            if let Some(worker) = picked
+            let is_busy = self.queues[phase as usize].busy;
+            let all_busy = picked.as_ref().is_some_and(|worker| is_busy && tried.contains(worker));
+            if let Some(worker) = &picked
                 && !all_busy
+                && !self.is_better_expected(worker, tried)
             {
-                return Ok(worker);
+                return Ok(Arc::clone(worker));
             }
+            let queue = &mut self.queues[phase as usize];
             let since = *queue.since.get_or_insert_with(Instant::now);
             let deadline = since + self.config.routing.queue_timeout.duration();
             if all_busy {
@@ -364,6 +365,12 @@ impl<'a> Route<'a> {
                     *tried = Tried::default();
                     continue;
                 }
+            } else if let Some(worker) = picked {
+                let other = |other: &Worker| !tried.has_failed(other);
+                if !table.wait_usable_where(phase, deadline, other).await {
+                    return Ok(worker);
+                }
+                continue;
             } else if table.wait_usable(phase, deadline).await {
                 continue;
             }
@@ -373,6 +380,13 @@ impl<'a> Route<'a> {
             let retry_after = queue.retry_after.or(reply.retry_after);
             return Err(Routed::Reply(Reply { retry_after, ..reply }));
         }
+    }
+
+    /// Whether `worker` has failed this request and another one, out of use for now, has not.
+    fn is_better_expected(&self, worker: &Worker, tried: &Tried) -> bool {
+        let table = self.shared.table.snapshot();
+        tried.has_failed(worker)
+            && table.pool(self.phase).iter().any(|other| !tried.has_failed(other))
     }
 
     /// The header lines of a generation request: with state in the body it is signed as upstream does.

@@ -167,6 +167,27 @@ async fn a_lost_lease_is_computed_again_and_the_old_one_released() {
 }
 
 #[tokio::test]
+async fn a_worker_whose_blocks_could_not_be_read_is_asked_again_before_one_that_failed_itself() {
+    for good_first in [true, false] {
+        let good = Scripted::context().await;
+        let broken = Scripted::start(|_, _| Act::Raw(String::new())).await;
+        let generation = Scripted::start(|number, ask| match number {
+            0 => refusal(504, "kv_transfer_timeout"),
+            _ => served(ask),
+        })
+        .await;
+        let order = if good_first { [&good, &broken] } else { [&broken, &good] };
+        let quick = |config: &mut crate::config::RouterConfig| {
+            config.health.eject_time = baton_shared::config::units::Seconds::millis(100);
+        };
+        let scene = scene(&order, &[&generation], quick).await;
+        assert_eq!(scene.ask(&plain()).await.status, 200, "good first: {good_first}");
+        assert_eq!(good.asks().len(), 2);
+        assert!(broken.asks().len() <= 1);
+    }
+}
+
+#[tokio::test]
 async fn a_deployment_mistake_is_a_502_with_the_workers_words_and_releases() {
     for code in ["kv_incompatible", "kv_state_invalid"] {
         let mut context = Scripted::context().await;

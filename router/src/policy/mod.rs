@@ -1,7 +1,7 @@
 //! Which worker gets a request: pure functions over candidates, request features and what was tried.
 //!
-//! Only usable workers are chosen; one that was tried already only when no other usable one is left. Load,
-//! weights and ties are each policy's business.
+//! Only usable workers are chosen: first those that were not tried, then those that are only in doubt, last those that
+//! failed this very request. Load, weights and ties are each policy's business.
 
 mod least_loaded;
 mod round_robin;
@@ -57,22 +57,61 @@ impl Features {
 /// Workers that have had this request already, by slot. No allocation below four.
 #[derive(Clone, Debug, Default)]
 pub struct Tried {
-    first: [Option<usize>; 4],
-    more: Vec<usize>,
+    first: [Option<(usize, Mark)>; 4],
+    more: Vec<(usize, Mark)>,
+}
+
+/// What is held against a worker that was tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mark {
+    /// It answered, and others said that its blocks cannot be read.
+    Doubted,
+    /// It did not answer well.
+    Failed,
 }
 
 impl Tried {
-    /// Remembers `worker`.
+    /// Remembers `worker`: it has this request, and has failed it unless something else is said later.
     pub fn add(&mut self, worker: &Worker) {
-        match self.first.iter_mut().find(|place| place.is_none()) {
-            Some(place) => *place = Some(worker.slot),
-            None => self.more.push(worker.slot),
-        }
+        self.mark(worker, Some(Mark::Failed));
+    }
+
+    /// It answered, but what it handed over could not be read.
+    pub fn doubt(&mut self, worker: &Worker) {
+        self.mark(worker, Some(Mark::Doubted));
+    }
+
+    /// Nothing is held against it.
+    pub fn forget(&mut self, worker: &Worker) {
+        self.mark(worker, None);
     }
 
     /// Whether `worker` was tried.
     pub fn contains(&self, worker: &Worker) -> bool {
-        self.first.contains(&Some(worker.slot)) || self.more.contains(&worker.slot)
+        self.of(worker).is_some()
+    }
+
+    /// Whether `worker` has failed this request.
+    pub fn has_failed(&self, worker: &Worker) -> bool {
+        self.of(worker) == Some(Mark::Failed)
+    }
+
+    fn of(&self, worker: &Worker) -> Option<Mark> {
+        let mut marks = self.first.iter().flatten().chain(&self.more);
+        marks.find(|(slot, _)| *slot == worker.slot).map(|(_, mark)| *mark)
+    }
+
+    fn mark(&mut self, worker: &Worker, mark: Option<Mark>) {
+        let is_other = |(slot, _): &(usize, Mark)| *slot != worker.slot;
+        self.more.retain(is_other);
+        for place in &mut self.first {
+            *place = place.filter(is_other);
+        }
+        let Some(mark) = mark else { return };
+        match self.first.iter_mut().find(|place| place.is_none()) {
+            Some(place) => *place = Some((worker.slot, mark)),
+            None => self.more.push((worker.slot, mark)),
+        }
     }
 }
 
@@ -101,7 +140,9 @@ pub fn pick(
         }
     };
     let fresh = choose(&|worker| worker.usable(now) && !tried.contains(worker));
-    let index = fresh.or_else(|| choose(&|worker| worker.usable(now)))?;
+    let index = fresh
+        .or_else(|| choose(&|worker| worker.usable(now) && !tried.has_failed(worker)))
+        .or_else(|| choose(&|worker| worker.usable(now)))?;
     Some(Choice { index, again: fresh.is_none() })
 }
 
@@ -172,6 +213,28 @@ mod tests {
             assert_eq!(seen, [0, 1, 2, 3, 4, 5]);
             let again = pick(policy, &pool, &Features::default(), &tried, NOW, 6).unwrap();
             assert!(again.again);
+        }
+    }
+
+    #[test]
+    fn a_worker_in_doubt_comes_before_one_that_failed_and_after_one_that_was_not_tried() {
+        for policy in ALL {
+            let pool = workers(&[1, 1, 1]);
+            let mut tried = Tried::default();
+            tried.add(&pool[0]);
+            tried.add(&pool[1]);
+            tried.doubt(&pool[1]);
+            for turn in 0..6 {
+                assert_eq!(pick_at(policy, &pool, &tried, turn), Some(2));
+            }
+            set(&pool[2], Event::Refused);
+            for turn in 0..6 {
+                assert_eq!(pick_at(policy, &pool, &tried, turn), Some(1));
+            }
+            set(&pool[1], Event::Refused);
+            assert_eq!(pick_at(policy, &pool, &tried, 0), Some(0));
+            tried.forget(&pool[0]);
+            assert!(!tried.contains(&pool[0]) && tried.contains(&pool[1]));
         }
     }
 

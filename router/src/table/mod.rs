@@ -162,13 +162,26 @@ impl Table {
 
     /// Waits until some worker of `phase` is usable, at most until `deadline`. `false` = still none.
     pub async fn wait_usable(&self, phase: Phase, deadline: tokio::time::Instant) -> bool {
+        self.wait_usable_where(phase, deadline, |_| true).await
+    }
+
+    /// The same, of those workers that fit.
+    pub async fn wait_usable_where(
+        &self,
+        phase: Phase,
+        deadline: tokio::time::Instant,
+        fits: impl Fn(&Worker) -> bool,
+    ) -> bool {
+        let is_there = |table: &RoutingTable, now| {
+            table.pool(phase).iter().any(|worker| worker.usable(now) && fits(worker))
+        };
         loop {
             let recovered = self.recovered.notified();
             tokio::pin!(recovered);
             recovered.as_mut().enable();
             let now = self.now();
             let table = self.snapshot_full();
-            if table.usable(phase, now) > 0 {
+            if is_there(&table, now) {
                 return true;
             }
             // An ejection ends by time alone, without a notification.
@@ -180,7 +193,7 @@ impl Table {
             if tokio::time::timeout_at(look, recovered).await.is_err()
                 && tokio::time::Instant::now() >= deadline
             {
-                return table.usable(phase, self.now()) > 0;
+                return is_there(&table, self.now());
             }
         }
     }

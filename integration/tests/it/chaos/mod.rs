@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use baton_integration::cluster::{Cluster, Member, Plan, overlay};
 use baton_integration::eventually::eventually;
 use baton_integration::relay::{Passage, Relay};
+use baton_integration::scrape::Metrics;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -22,7 +23,7 @@ use toml::toml;
 use self::faults::{Fault, SPREAD, Strike};
 use self::judge::{Question, Verdict};
 use crate::fire::scene::{Way, plan, worker};
-use crate::support::{READY, STOP, metrics};
+use crate::support::{READY, STOP};
 use crate::tiny::{self, Tiny};
 
 /// Requests of a trial.
@@ -190,42 +191,36 @@ impl Arena {
         }
     }
 
-    /// Starts what ended on purpose again; nobody else may have ended.
+    /// Waits for those that end by a signal, and starts what has ended again.
     async fn heal(&mut self, strikes: &[Strike], what: &str) {
-        for index in 0..self.cluster.workers.len() {
-            let struck =
-                strikes.iter().find(|strike| strike.worker == index).map(|strike| strike.fault);
-            let member = &mut self.cluster.workers[index];
-            let is_ending = match struck {
-                // Its engine has failed, and it closes its connections.
-                Some(Fault::At(_, "abort" | "panic", _)) => !is_healthy(member).await,
-                _ => false,
-            };
-            let process = &mut member.process;
-            match struck {
-                Some(Fault::Kill) => drop(process.wait(STOP).unwrap()),
-                _ if is_ending => drop(process.wait(STOP).unwrap()),
-                Some(Fault::End) => {
+        for Strike { worker, fault, .. } in strikes {
+            let process = &mut self.cluster.workers[*worker].process;
+            match fault {
+                Fault::Kill => drop(process.wait(STOP).unwrap()),
+                Fault::End => {
                     let status = process.wait(STOP).unwrap();
                     assert!(status.success(), "{what}: {} ended with {status}", process.name());
                 }
-                _ => {}
+                Fault::Stop(_) | Fault::Cut(_) | Fault::Hold(_) | Fault::At(..) => {}
             }
-            if let Some(status) = process.ended().unwrap() {
-                let is_meant = struck.is_some_and(Fault::may_end);
-                assert!(
-                    is_meant,
-                    "{what}: {} ended with {status}\n{}",
-                    process.name(),
-                    process.log()
-                );
-                self.cluster.restart(index).unwrap();
-                self.cluster.workers[index].ready(READY).await.unwrap();
-            }
+        }
+        for index in 0..self.cluster.workers.len() {
+            self.revive(index, strikes, what).await;
         }
         let router = self.cluster.router.as_mut().expect("a router");
         assert!(router.process.ended().unwrap().is_none(), "{what}: the router ended");
         self.until_usable().await;
+    }
+
+    /// Starts a worker again if it has ended, which only one that was struck may.
+    async fn revive(&mut self, index: usize, strikes: &[Strike], what: &str) {
+        let process = &mut self.cluster.workers[index].process;
+        let Some(status) = process.ended().unwrap() else { return };
+        let is_meant =
+            strikes.iter().any(|strike| strike.worker == index && strike.fault.may_end());
+        assert!(is_meant, "{what}: {} ended with {status}\n{}", process.name(), process.log());
+        self.cluster.restart(index).unwrap();
+        self.cluster.workers[index].ready(READY).await.unwrap();
     }
 
     /// Waits until the router would send requests to all workers.
@@ -238,23 +233,28 @@ impl Arena {
         .await;
     }
 
-    async fn until_free(&self, strikes: &[Strike], what: &str) {
-        for (index, member) in self.cluster.workers.iter().enumerate() {
+    /// Waits until no worker has a block in use. One that met a panic late may end meanwhile.
+    async fn until_free(&mut self, strikes: &[Strike], what: &str) {
+        for index in 0..self.cluster.workers.len() {
             let is_struck = strikes.iter().any(|strike| strike.worker == index);
             let patience = if is_struck { FREE_AFTER_STRIKE } else { FREE };
-            eventually(patience, &format!("{what}: {index} is free"), || async {
-                let metrics = metrics(member).await;
-                let busy = |state| metrics.sum("baton_worker_kv_blocks", &[("state", state)]);
-                let busy = ["used", "leased", "in_flight", "quarantined"].map(busy);
-                (busy.iter().sum::<f64>() == 0.0).then_some(())
-            })
-            .await;
+            let begun = Instant::now();
+            while !is_free(&self.cluster.workers[index]).await {
+                self.revive(index, strikes, what).await;
+                assert!(begun.elapsed() < patience, "{what}: worker {index} keeps blocks");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
         }
+        self.until_usable().await;
     }
 }
 
-async fn is_healthy(member: &Member) -> bool {
-    member.client().get("/health").await.is_ok_and(|answer| answer.status == 200)
+async fn is_free(member: &Member) -> bool {
+    let Ok(metrics) = Metrics::of(member.address, "/prometheus/metrics").await else {
+        return false;
+    };
+    let busy = |state| metrics.sum("baton_worker_kv_blocks", &[("state", state)]);
+    ["used", "leased", "in_flight", "quarantined"].map(busy).iter().sum::<f64>() == 0.0
 }
 
 fn name(verdict: Verdict) -> &'static str {
