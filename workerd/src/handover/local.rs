@@ -27,6 +27,7 @@ struct State {
     held: HashSet<String>,
     failing: HashSet<String>,
     most_in_flight: HashMap<String, usize>,
+    connections: HashMap<String, usize>,
 }
 
 #[derive(Default)]
@@ -71,6 +72,11 @@ impl LocalNet {
     /// Most requests that were ever in flight towards this agent.
     pub fn most_in_flight(&self, agent: &str) -> usize {
         self.lock().most_in_flight.get(agent).copied().unwrap_or(0)
+    }
+
+    /// How many agents are connected to this one and have not forgotten it.
+    pub fn connections(&self, agent: &str) -> usize {
+        self.lock().connections.get(agent).copied().unwrap_or(0)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -121,10 +127,17 @@ impl LocalTransport {
         let name = self.peers.get(peer.0 as usize).and_then(Option::as_deref);
         name.ok_or_else(|| unreachable(&format!("peer {}", peer.0), "it was forgotten"))
     }
+
+    fn forget_all(&mut self) {
+        for index in 0..self.peers.len() {
+            self.forget(PeerId(u32::try_from(index).unwrap_or(u32::MAX)));
+        }
+    }
 }
 
 impl Drop for LocalTransport {
     fn drop(&mut self) {
+        self.forget_all();
         self.net.lock().agents.remove(&self.name);
     }
 }
@@ -148,6 +161,7 @@ impl Transport for LocalTransport {
         reachable(&mut self.net.lock(), &peer.agent)?;
         let known = self.peers.iter().position(|name| name.as_ref() == Some(&peer.agent));
         let index = known.unwrap_or_else(|| {
+            *self.net.lock().connections.entry(peer.agent.clone()).or_default() += 1;
             self.peers.push(Some(peer.agent.clone()));
             self.peers.len() - 1
         });
@@ -184,8 +198,10 @@ impl Transport for LocalTransport {
     }
 
     fn forget(&mut self, peer: PeerId) {
-        if let Some(name) = self.peers.get_mut(peer.0 as usize) {
-            *name = None;
+        let known = self.peers.get_mut(peer.0 as usize).and_then(Option::take);
+        let Some(name) = known else { return };
+        if let Some(count) = self.net.lock().connections.get_mut(&name) {
+            *count -= 1;
         }
     }
 
@@ -214,7 +230,7 @@ impl Transport for LocalTransport {
 
     fn rebuild(&mut self) -> Result<(), TransportError> {
         self.transfers.clear();
-        self.peers.iter_mut().for_each(|name| *name = None);
+        self.forget_all();
         Ok(())
     }
 

@@ -5,9 +5,11 @@
 //! decided in [`pulls`], apart from threads and clocks. Of every accepted pull the sink hears `Pulled` or
 //! `PullFailed` once, and `Settled` once if it failed unsettled, whatever happens to transports or to this thread.
 
+mod octets;
 mod peers;
 mod pull;
 mod pulls;
+mod route;
 
 use std::collections::HashSet;
 use std::ops::ControlFlow;

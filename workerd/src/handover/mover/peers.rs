@@ -3,10 +3,12 @@
 
 use std::collections::{HashMap, HashSet};
 
-use baton_shared::id::Incarnation;
+use baton_shared::id::{Incarnation, WorkerId};
+use baton_shared::kv::layout::CopyRun;
 
 use super::super::{PeerId, Transport};
 use super::pull::Request;
+use super::route::{Probe, Route};
 
 /// Which way bytes come: counts of peers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,36 +39,46 @@ pub(super) enum Room {
 
 struct Peer {
     agent: String,
+    worker: WorkerId,
     incarnation: Incarnation,
     in_flight: usize,
     /// An abandoned pull's request towards it has not ended: no new pull.
     suspect: bool,
     /// A request failed: it is forgotten as soon as none is in flight.
     broken: bool,
+    /// Its worker has started anew: it is forgotten as soon as none is in flight.
+    replaced: bool,
     /// A request towards it has ended: the next ones wait for no connection.
     warm: bool,
-    /// It was found out which way its bytes come.
-    known: bool,
+    /// Which way its bytes come, once that was found out.
+    route: Option<Route>,
+    /// Requests that left it open which way they came.
+    doubts: u32,
 }
 
-/// Fewest bytes that tell a copy from a socket's queue.
-const TELLING_BYTES: u64 = 256 << 10;
-
 impl Peers {
-    /// A connection; the same id again is the same one.
-    pub fn opened(&mut self, id: PeerId, agent: &str, incarnation: Incarnation) {
-        self.by_id.entry(id).or_insert_with(|| {
-            self.changed = true;
-            Peer {
-                agent: agent.to_owned(),
-                incarnation,
-                in_flight: 0,
-                suspect: false,
-                broken: false,
-                warm: false,
-                known: false,
-            }
-        });
+    /// A connection; the same id again is the same one. A worker's other incarnations are over with a new one.
+    pub fn opened(&mut self, id: PeerId, agent: &str, worker: &WorkerId, incarnation: Incarnation) {
+        if self.by_id.contains_key(&id) {
+            return;
+        }
+        self.changed = true;
+        for peer in self.by_id.values_mut().filter(|peer| peer.worker == *worker) {
+            peer.replaced |= peer.incarnation != incarnation;
+        }
+        let peer = Peer {
+            agent: agent.to_owned(),
+            worker: worker.clone(),
+            incarnation,
+            in_flight: 0,
+            suspect: false,
+            broken: false,
+            replaced: false,
+            warm: false,
+            route: None,
+            doubts: 0,
+        };
+        self.by_id.insert(id, peer);
     }
 
     pub fn room(&self, id: PeerId, window: usize) -> Room {
@@ -78,12 +90,16 @@ impl Peers {
         }
     }
 
-    /// A request is in flight; whether one before it has ended already.
-    pub fn posted(&mut self, id: PeerId) -> bool {
-        self.by_id.get_mut(&id).is_some_and(|peer| {
-            peer.in_flight += 1;
-            peer.warm
-        })
+    /// What is to be known before a post, if it may tell which way this peer's bytes come. The first requests wait
+    /// for the connection, whichever way it goes.
+    pub fn probe(&self, id: PeerId, runs: &[CopyRun]) -> Option<Probe> {
+        let peer = self.by_id.get(&id)?;
+        if peer.warm && peer.route.is_none() { Probe::new(runs) } else { None }
+    }
+
+    /// A request is in flight.
+    pub fn posted(&mut self, id: PeerId) {
+        self.change(id, |peer, _| peer.in_flight += 1);
     }
 
     /// A request has ended well; `at_once` = with its post.
@@ -91,9 +107,8 @@ impl Peers {
         self.change(id, |peer, seen| {
             peer.ended();
             peer.warm = true;
-            // The first ones waited for the connection, whichever way it goes.
-            if request.warm && !peer.known {
-                peer.learn(request, at_once, seen);
+            if let (Some(probe), None) = (request.probe, peer.route) {
+                peer.learn(probe, at_once, seen);
             }
         });
     }
@@ -128,20 +143,24 @@ impl Peers {
 
     /// Incarnations that can be read from without connecting, if that changed since the last call.
     pub fn connected_if_changed(&mut self) -> Option<HashSet<Incarnation>> {
-        std::mem::take(&mut self.changed)
-            .then(|| self.by_id.values().map(|peer| peer.incarnation).collect())
+        let living = self.by_id.values().filter(|peer| !peer.replaced);
+        std::mem::take(&mut self.changed).then(|| living.map(|peer| peer.incarnation).collect())
     }
 
-    /// Forgets those that failed and have nothing in flight any more.
-    pub fn forget_the_broken(&mut self, transport: &mut dyn Transport) {
+    /// Forgets those that failed or were replaced and have nothing in flight any more.
+    pub fn forget_the_dead(&mut self, transport: &mut dyn Transport) {
         let before = self.by_id.len();
         self.by_id.retain(|&id, peer| {
-            let keep = !peer.broken || peer.in_flight > 0;
-            if !keep {
-                tracing::info!(agent = peer.agent, "forgot a peer whose transfers failed");
-                transport.forget(id);
+            if peer.in_flight > 0 || !(peer.broken || peer.replaced) {
+                return true;
             }
-            keep
+            if peer.broken {
+                tracing::info!(agent = peer.agent, "forgot a peer whose transfers failed");
+            } else {
+                tracing::info!(agent = peer.agent, "forgot a peer whose worker has started anew");
+            }
+            transport.forget(id);
+            false
         });
         self.changed |= self.by_id.len() != before;
     }
@@ -165,17 +184,16 @@ impl Peer {
         self.suspect &= self.in_flight > 0;
     }
 
-    /// Learns which way this peer's bytes come: a copy out of its memory is over when the post returns, bytes from
-    /// a socket are not. (On a machine too busy to look at once, those may be there too and be taken for a copy.)
-    fn learn(&mut self, request: &Request, at_once: bool, seen: &mut PeersSeen) {
-        let bytes: u64 = request.runs.iter().map(|run| run.len).sum();
-        if bytes < TELLING_BYTES {
+    /// Learns which way this peer's bytes come from a request that has ended.
+    fn learn(&mut self, probe: Probe, at_once: bool, seen: &mut PeersSeen) {
+        let Some(route) = probe.seen(at_once).route(self.doubts) else {
+            self.doubts += 1;
             return;
-        }
-        self.known = true;
-        let (transport, count) = match at_once {
-            true => ("shared_memory", &mut seen.shared_memory),
-            false => ("network", &mut seen.network),
+        };
+        self.route = Some(route);
+        let (transport, count) = match route {
+            Route::SharedMemory => ("shared_memory", &mut seen.shared_memory),
+            Route::Network => ("network", &mut seen.network),
         };
         *count += 1;
         tracing::info!(agent = self.agent, transport, "found out how this peer's blocks come");

@@ -8,6 +8,7 @@ use baton_shared::kv::layout::CopyRun;
 use baton_shared::wire::error::ErrorCode;
 
 use super::super::{PeerAddress, PeerId, PullId, TransferId};
+use super::route::Probe;
 
 /// One accepted job.
 pub(super) struct Pull {
@@ -38,8 +39,8 @@ pub(super) struct Part {
 pub(super) struct Request {
     pub id: TransferId,
     pub runs: Vec<CopyRun>,
-    /// Posted after an earlier request of that peer had ended.
-    pub warm: bool,
+    /// Whether it may tell which way that peer's bytes come.
+    pub probe: Option<Probe>,
 }
 
 /// Where a pull stands.

@@ -123,7 +123,7 @@ impl Pulls {
                 self.pulls.push(pull);
             }
         }
-        self.peers.forget_the_broken(self.transport.as_mut());
+        self.peers.forget_the_dead(self.transport.as_mut());
         progress | self.rebuild_if_due(now)
     }
 
@@ -157,7 +157,7 @@ impl Pulls {
         if self.peers.is_closed(&address.agent) {
             return Err(pull.unreachable("an earlier transfer from it has not ended"));
         }
-        let peer = self.open_peer(&address, pull.incarnation)?;
+        let peer = self.open_peer(&address, pull)?;
         Ok(Part {
             address,
             peer,
@@ -169,16 +169,12 @@ impl Pulls {
         })
     }
 
-    fn open_peer(
-        &mut self,
-        address: &PeerAddress,
-        incarnation: Incarnation,
-    ) -> Result<PeerId, Failure> {
+    fn open_peer(&mut self, address: &PeerAddress, pull: &Pull) -> Result<PeerId, Failure> {
         let id = self.transport.connect(address).map_err(|error| Failure {
             code: ErrorCode::KvPeerUnreachable,
             message: error.to_string(),
         })?;
-        self.peers.opened(id, &address.agent, incarnation);
+        self.peers.opened(id, &address.agent, &pull.worker, pull.incarnation);
         Ok(id)
     }
 
@@ -303,6 +299,7 @@ impl Pulls {
                 }
                 let Some(runs) = part.waiting.pop_front() else { break };
                 failpoint::reach(Point::PullPost);
+                let probe = self.peers.probe(part.peer, &runs);
                 let posted = self.transport.post(Op::Read, part.peer, &runs);
                 let id = posted.map_err(|error| {
                     if let TransportError::Unreachable { .. } = error {
@@ -312,7 +309,8 @@ impl Pulls {
                 })?;
                 failpoint::reach(Point::PullPosted);
                 progress = true;
-                let request = Request { id, runs, warm: self.peers.posted(part.peer) };
+                self.peers.posted(part.peer);
+                let request = Request { id, runs, probe };
                 // A copy out of the peer's memory is over already.
                 match self.transport.poll(id) {
                     TransferState::Running => part.running.push(request),
@@ -415,8 +413,9 @@ impl Pulls {
     }
 
     fn reconnect(&mut self, pull: &mut Pull) -> Result<(), Failure> {
-        for part in &mut pull.parts {
-            part.peer = self.open_peer(&part.address, pull.incarnation)?;
+        for index in 0..pull.parts.len() {
+            let peer = self.open_peer(&pull.parts[index].address, pull)?;
+            pull.parts[index].peer = peer;
         }
         Ok(())
     }

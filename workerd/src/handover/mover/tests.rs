@@ -6,7 +6,7 @@ use crate::handover::local::{LocalNet, LocalTransport};
 use crate::handover::pull::copy_runs;
 use crate::handover::{offer, offer::OfferedLease};
 use crate::kv::region::{EpochPage, KvRegion};
-use baton_shared::id::BlockIndex;
+use baton_shared::id::{BlockIndex, WorkerId};
 use baton_shared::kv::layout::{KvDtype, KvLayout};
 use baton_shared::wire::error::ErrorCode;
 
@@ -16,6 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A context worker: its serving agent, pool and epochs.
 struct Owner {
+    worker: WorkerId,
     agent: LocalTransport,
     pool: KvRegion,
     epochs: EpochPage,
@@ -38,7 +39,9 @@ fn block_bytes() -> usize {
 }
 
 impl Owner {
+    /// `name` is the worker's, with what tells one start from another behind a `/`.
     fn new(net: &LocalNet, name: &str, mark: u8) -> Self {
+        let worker = name.split('/').next().unwrap().parse().unwrap();
         let mut agent = LocalTransport::new(net, name).unwrap();
         let (pool, epochs) = (pool(), EpochPage::new(8).unwrap());
         for block in 0..BLOCKS {
@@ -47,7 +50,7 @@ impl Owner {
         }
         agent.register(&pool.region).unwrap();
         agent.register(epochs.region()).unwrap();
-        Self { agent, pool, epochs, incarnation: Incarnation([mark; 16]) }
+        Self { worker, agent, pool, epochs, incarnation: Incarnation([mark; 16]) }
     }
 
     fn job(
@@ -69,7 +72,7 @@ impl Owner {
         let leased = offer::leased_blocks(lease, &address, &self.pool, &ids(from));
         PullJob {
             id: PullId(id),
-            worker: "ctx".parse().unwrap(),
+            worker: self.worker.clone(),
             incarnation: self.incarnation,
             lease: LEASE,
             ranks: copy_runs(&leased, ours, 0, &ids(to)).unwrap(),
@@ -276,6 +279,27 @@ fn a_peer_that_fails_is_forgotten_and_can_be_connected_again() {
     reader.net.heal("ctx");
     reader.pull(&mut owner, 4, &[3], &[10]);
     assert!(matches!(reader.run()[..], [MoverEvent::Pulled { .. }]));
+}
+
+#[test]
+fn a_start_of_a_worker_is_forgotten_after_the_next_one_once_nothing_is_in_flight() {
+    let mut reader = Reader::new(MoverSettings::default());
+    let mut old = reader.owner("ctx/1", 1);
+    let mut other = reader.owner("other/1", 2);
+    reader.net.hold("ctx/1");
+    reader.pull(&mut old, 1, &[3], &[10]);
+    reader.pull(&mut other, 2, &[4], &[11]);
+    assert!(matches!(reader.run()[..], [MoverEvent::Pulled { id: PullId(2), .. }]));
+    let mut new = reader.owner("ctx/2", 3);
+    reader.pull(&mut new, 3, &[5], &[12]);
+    assert!(matches!(reader.run()[..], [MoverEvent::Pulled { id: PullId(3), .. }]));
+    assert_eq!(reader.net.connections("ctx/1"), 1, "a request is in flight towards it");
+    let connected = reader.pulls.connected_if_changed().unwrap();
+    assert_eq!(connected, [other.incarnation, new.incarnation].into());
+    reader.net.let_go("ctx/1");
+    assert!(matches!(reader.run()[..], [MoverEvent::Pulled { id: PullId(1), .. }]));
+    let connections = ["ctx/1", "ctx/2", "other/1"].map(|agent| reader.net.connections(agent));
+    assert_eq!(connections, [0, 1, 1]);
 }
 
 #[test]
