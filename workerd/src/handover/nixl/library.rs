@@ -195,6 +195,7 @@ fn is_trusted(folder: &Path) -> bool {
 }
 
 fn open(found: &Found) -> Result<NixlLibrary, LibraryError> {
+    want_fresh_memory();
     let file = found.path();
     let unusable = |reason: String| LibraryError::Unusable { file: file.clone(), reason };
     let name = CString::new(file.as_os_str().as_bytes())
@@ -219,6 +220,17 @@ fn open(found: &Found) -> Result<NixlLibrary, LibraryError> {
         return Err(unusable(format!("its name for the loader is not `{FILE}`")));
     }
     Ok(NixlLibrary { file })
+}
+
+/// Has the C library map larger pieces of memory anew, which are zero then. UCX leaves a field of its requests as
+/// `malloc` gives it and acts upon it when a reader dies while bytes are sent to it: the owner of the blocks crashed.
+fn want_fresh_memory() {
+    /// UCX allocates its requests in pieces larger than this.
+    const MAPPED_FROM: libc::c_int = 16 << 10;
+    // SAFETY: it changes where later allocations of the C library come from, and touches none.
+    if unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_FROM) } != 1 {
+        tracing::warn!("the C library maps no fresh memory: a peer that dies may end this process");
+    }
 }
 
 fn dlopen(name: &CStr, flags: libc::c_int) -> Result<NonNull<libc::c_void>, String> {
