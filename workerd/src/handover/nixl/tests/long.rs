@@ -1,0 +1,1 @@
+//! Checks that take minutes or need root: `make test-long`.
