@@ -112,8 +112,15 @@ impl Lease {
         Self { releaser: Arc::clone(releaser), worker: Arc::clone(worker), id: None }
     }
 
-    /// From now on the worker may hold something by this id.
+    /// From now on the worker may hold something by this id. What it may hold by an earlier one is given back: it got
+    /// the request and perhaps answered it, though nothing of that came through.
     pub(super) fn sent(&mut self, id: DisaggRequestId) {
+        self.give_back();
+        self.id = Some(id);
+    }
+
+    /// The worker calls what it holds by another id than it was sent.
+    pub(super) fn renamed(&mut self, id: DisaggRequestId) {
         self.id = Some(id);
     }
 
@@ -121,14 +128,18 @@ impl Lease {
     pub(super) fn settle(&mut self) {
         self.id = None;
     }
-}
 
-impl Drop for Lease {
-    fn drop(&mut self) {
+    fn give_back(&mut self) {
         if let Some(id) = self.id.take()
             && takes_release(self.worker.dialect())
         {
             self.releaser.release(Arc::clone(&self.worker), id);
         }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.give_back();
     }
 }

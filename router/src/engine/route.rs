@@ -205,7 +205,9 @@ impl<'a> Route<'a> {
         let answer = hop::whole(exchange, self.config.limits.max_context_answer.as_usize()).await?;
         let sent = sent.ok_or_else(|| Fault::nonsense("it came before the request"))?;
         let answer = ContextAnswer::parse(answer, sent).map_err(Fault::nonsense)?;
-        lease.sent(answer.id);
+        if answer.id != sent {
+            lease.renamed(answer.id);
+        }
         Ok(answer)
     }
 

@@ -113,6 +113,25 @@ async fn a_connection_closed_while_idle_costs_no_attempt() {
 }
 
 #[tokio::test]
+async fn what_a_worker_may_hold_of_a_request_that_was_sent_again_is_released() {
+    // The second request is read from a kept connection, which then breaks.
+    let mut context = Scripted::start(|number, ask| match number {
+        1 => Act::Raw(String::new()),
+        _ => Act::Answer(200, handed_over(ask)),
+    })
+    .await;
+    let generation = Scripted::generation().await;
+    let scene = scene(&[&context], &[&generation], |config| config.routing.attempts = 1).await;
+    for _ in 0..2 {
+        assert_eq!(scene.ask(&plain()).await.status, 200);
+    }
+    assert_eq!(context.asks().len(), 3);
+    assert_eq!(context.released().await, context.asks()[1].id());
+    scene.router.drained().await;
+    assert!(!context.has_releases());
+}
+
+#[tokio::test]
 async fn a_full_generation_worker_leaves_the_record_to_another() {
     let mut context = Scripted::context().await;
     let full = Scripted::start(|_, _| refusal(503, "pool_exhausted")).await;
