@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use baton_integration::client::Client;
 use baton_integration::cluster::{Cluster, Member, Plan};
 use baton_integration::eventually::eventually;
+use baton_integration::relay::Relay;
 use baton_integration::scrape::Metrics;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -32,16 +33,36 @@ pub async fn start(model: &Path, contexts: usize, generations: usize, worker: Ta
 
 /// What `plan` says, made anew when a port was taken meanwhile.
 pub async fn start_plan(plan: impl Fn() -> Plan) -> Running {
-    let folder = tempfile::tempdir().unwrap();
     let mut tries = 0;
     loop {
-        let plan = plan();
-        match Cluster::start(&plan, folder.path(), READY).await {
-            Ok(cluster) => return Running { cluster, folder },
-            // Somebody else took a port between our looking and the daemon's binding.
-            Err(error) if tries < 3 && format!("{error:#}").contains("in use") => tries += 1,
-            Err(error) => panic!("{error:#}"),
+        if let Some(running) = attempt(&plan(), &mut tries).await {
+            return running;
         }
+    }
+}
+
+/// The same with a relay before each worker, in the order of the workers.
+pub async fn start_behind_relays(plan: impl Fn() -> Plan) -> (Running, Vec<Relay>) {
+    let mut tries = 0;
+    loop {
+        let mut plan = plan();
+        let relays = plan.behind_relays().await.unwrap();
+        if let Some(running) = attempt(&plan, &mut tries).await {
+            return (running, relays);
+        }
+    }
+}
+
+/// `None` if somebody else took a port between our looking and a daemon's binding.
+async fn attempt(plan: &Plan, tries: &mut u32) -> Option<Running> {
+    let folder = tempfile::tempdir().unwrap();
+    match Cluster::start(plan, folder.path(), READY).await {
+        Ok(cluster) => Some(Running { cluster, folder }),
+        Err(error) if *tries < 3 && format!("{error:#}").contains("in use") => {
+            *tries += 1;
+            None
+        }
+        Err(error) => panic!("{error:#}"),
     }
 }
 
@@ -67,18 +88,35 @@ pub async fn blocks(member: &Member, state: &str) -> f64 {
     metrics(member).await.sum("baton_worker_kv_blocks", &[("state", state)])
 }
 
-/// Waits until no block of any worker is in use.
-pub async fn all_free(cluster: &Cluster, patience: Duration) {
-    for member in &cluster.workers {
-        let what = format!("all blocks of `{}` free", member.process.name());
-        eventually(patience, &what, || async {
+/// Waits until no block of any worker is in use: all of them at one look. How long that took.
+pub async fn all_free(cluster: &Cluster, patience: Duration) -> Duration {
+    let begun = Instant::now();
+    eventually(patience, "all blocks of all workers are free", || async {
+        for member in &cluster.workers {
             let metrics = metrics(member).await;
             let busy = |state| metrics.sum("baton_worker_kv_blocks", &[("state", state)]);
-            let busy = ["used", "leased", "in_flight", "quarantined"].map(busy);
-            (busy.iter().sum::<f64>() == 0.0).then_some(())
-        })
-        .await;
+            if ["used", "leased", "in_flight", "quarantined"].map(busy) != [0.0; 4] {
+                return None;
+            }
+        }
+        Some(begun.elapsed())
+    })
+    .await
+}
+
+/// Sum of a metric over workers.
+pub async fn sum(members: &[Member], name: &str, labels: &[(&str, &str)]) -> f64 {
+    let mut sum = 0.0;
+    for member in members {
+        sum += metrics(member).await.sum(name, labels);
     }
+    sum
+}
+
+/// What the router counted.
+pub async fn router_sum(cluster: &Cluster, name: &str, labels: &[(&str, &str)]) -> f64 {
+    let answer = cluster.admin().get("/metrics").await.unwrap();
+    Metrics::parse(std::str::from_utf8(&answer.body).unwrap()).sum(name, labels)
 }
 
 /// All a client can tell two answers apart by, but ids and times.
@@ -135,6 +173,12 @@ pub fn outcome(chunks: &[Value], usage: &Value) -> Outcome {
         joined.top_logprobs.extend(list("top_logprobs"));
     }
     joined
+}
+
+/// Tells whoever looks at a test's output (`--nocapture`, or a failure).
+#[expect(clippy::print_stdout, reason = "the harness keeps it until somebody wants it")]
+pub fn note(text: impl std::fmt::Display) {
+    println!("{text}");
 }
 
 /// Token ids that look random, the same for the same seed.
