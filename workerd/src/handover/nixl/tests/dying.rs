@@ -157,12 +157,12 @@ fn child_reads_beside_a_stopped_worker() {
     let refused = reader.pull("stopped", 0, 1, DEADLINE);
     let Failed { code, settled, reported: after } = stream.until_failed(&mut reader, refused);
     assert_eq!((code, settled), (ErrorCode::KvPeerUnreachable, true));
-    assert_eq!(reader.handle.rebuilds(), 0);
+    assert_eq!(reader.handle.figures().rebuilds, 0);
 
     // Nothing is written to its blocks after it has settled, though the worker goes on.
     stream.until_settled(&mut reader, stuck);
     let rebuilt = begun.elapsed();
-    wait_for("rebuild", || (reader.handle.rebuilds() == 1).then_some(()));
+    wait_for("rebuild", || (reader.handle.figures().rebuilds == 1).then_some(()));
     go_on(reader.process("stopped"));
     reader.stay_untouched(0);
     stream.drain(&mut reader);
@@ -184,7 +184,7 @@ fn child_reads_beside_a_stopped_worker() {
     };
     assert_eq!(survived, !threads_are(reader.process("stopped"), "ZX"));
     reader.note(&format!("afterwards: healthy in {healthy:?}, the stopped one lives: {survived}"));
-    assert_eq!(reader.handle.rebuilds(), 1);
+    assert_eq!(reader.handle.figures().rebuilds, 1);
     assert!(reader.handle.shutdown());
 }
 
@@ -205,7 +205,7 @@ impl Stream {
     fn until(&mut self, reader: &mut Reader) -> MoverEvent {
         loop {
             while self.under_way.len() < Self::DEPTH {
-                let rebuilds = reader.handle.rebuilds();
+                let rebuilds = reader.handle.figures().rebuilds;
                 self.under_way.push((reader.pull("healthy", 500, 2, DEADLINE), rebuilds));
             }
             match reader.event() {
@@ -219,7 +219,7 @@ impl Stream {
         let index = self.under_way.iter().position(|(ours, _)| *ours == id).unwrap();
         let (_, rebuilds) = self.under_way.remove(index);
         self.pulled += 1;
-        self.crossed += usize::from(rebuilds < reader.handle.rebuilds());
+        self.crossed += usize::from(rebuilds < reader.handle.figures().rebuilds);
     }
 
     fn until_failed(&mut self, reader: &mut Reader, wanted: PullId) -> Failed {
