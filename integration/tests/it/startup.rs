@@ -6,11 +6,12 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use baton_integration::client::Client;
+use baton_integration::cluster::Plan;
 use baton_integration::files;
 use baton_integration::process::{Process, Program, free_port};
 use serde_json::json;
 
-use crate::support::{READY, STOP, finished};
+use crate::support::{READY, STOP, finished, start_plan};
 use crate::tiny;
 
 async fn run(binary: &str, args: &[&str]) -> Output {
@@ -96,6 +97,23 @@ async fn a_missing_or_damaged_model_is_named() {
         assert!(text.contains(model), "{model}: {text}");
         assert!(!text.contains("panicked"), "{text}");
     }
+}
+
+#[tokio::test]
+async fn failpoints_are_for_tests_only() {
+    let mut command = Command::new(files::binary("baton-workerd").unwrap());
+    command.arg("/no/model").env("BATON_FAILPOINTS", "step=hold").env_remove("BATON_TEST");
+    let output = finished(command).await;
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(78), "{text}");
+    assert!(text.contains("BATON_FAILPOINTS") && text.contains("BATON_TEST=1"), "{text}");
+    let model = tiny::model(4);
+    let plan =
+        || Plan { router: None, ..Plan::local(&model.path, 1, 0, &toml::Table::new()).unwrap() };
+    let running = start_plan(plan).await;
+    let worker = &running.cluster.workers[0];
+    assert_eq!(worker.client().get("/test/failpoints").await.unwrap().status, 404);
+    running.stop();
 }
 
 #[tokio::test]

@@ -8,6 +8,7 @@ mod faults;
 mod judge;
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use baton_integration::cluster::{Cluster, Member, Plan, overlay};
@@ -280,11 +281,15 @@ impl Run {
         Self { way, trials: given("BATON_CHAOS_TRIALS").map_or(trials, |n| n as usize), seed }
     }
 
-    /// How its requests ended.
+    /// How its requests ended. Now and then it says how far it is, past the test runner.
     async fn go(self) -> BTreeMap<&'static str, usize> {
         let mut arena = Arena::open(self.way, self.seed).await;
         for trial in 0..self.trials {
             arena.trial(trial).await;
+            if trial % 100 == 99 {
+                let line = format!("{self:?}: {} trials, {:?}\n", trial + 1, arena.endings);
+                std::io::stderr().write_all(line.as_bytes()).unwrap();
+            }
         }
         let right = arena.endings.get(name(Verdict::Right)).copied().unwrap_or_default();
         assert!(right > self.trials * REQUESTS / 2, "most are answered: {:?}", arena.endings);

@@ -16,7 +16,7 @@ fn settings() -> Table {
     toml! { [handover]
     lease_timeout = "10s"
     pull_timeout = "1s"
-    quarantine_timeout = "1s" }
+    quarantine_timeout = "3s" }
 }
 
 impl Scene {
