@@ -17,6 +17,7 @@ test: build
 test-long: build
 	$(CARGO_TEST)
 	$(CARGO_TEST) --test it -- --ignored
+	$(CARGO_TEST) --lib -- --ignored --nocapture --test-threads=1 long_
 
 ## What a build and a run need beyond the toolchain, into .deps.
 setup:

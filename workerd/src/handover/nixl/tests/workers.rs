@@ -209,7 +209,7 @@ impl Reader {
     }
 
     pub fn process(&self, owner: &str) -> u32 {
-        wait_for_file(&self.folder, &format!("{owner}.pid")).parse().unwrap()
+        wait_for_file(&self.folder, &format!("{owner}.pid")).trim().parse().unwrap()
     }
 
     /// What copies an owner's blocks to blocks from `place` on, no two neighbours.
@@ -265,7 +265,11 @@ impl Reader {
 
     /// Waits for the failure of the only pull under way.
     pub fn fail(&self, wanted: PullId) -> Failed {
-        let event = self.event();
+        self.fail_within(wanted, PATIENCE)
+    }
+
+    pub fn fail_within(&self, wanted: PullId, patience: Duration) -> Failed {
+        let event = self.events.recv_timeout(patience).unwrap();
         let reported = self.since_start_of(wanted);
         match event {
             MoverEvent::PullFailed { id, code, settled, .. } if id == wanted => {
