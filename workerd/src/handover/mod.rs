@@ -155,7 +155,8 @@ pub enum MoverEvent {
     PullFailed {
         /// Which.
         id: PullId,
-        /// `KvLeaseGone`, `KvPeerUnreachable` or `KvTransferTimeout`.
+        /// `KvLeaseGone`, `KvPeerUnreachable` or `KvTransferTimeout`; `Internal` if the mover itself has ended,
+        /// `ClientGone` if the pull was cancelled.
         code: ErrorCode,
         /// In words.
         message: String,

@@ -12,7 +12,6 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use baton_integration::cluster::{Cluster, Member, Plan, overlay};
-use baton_integration::eventually::eventually;
 use baton_integration::relay::{Passage, Relay};
 use baton_integration::scrape::Metrics;
 use rand::rngs::StdRng;
@@ -108,7 +107,7 @@ impl Arena {
         };
         let endings = BTreeMap::new();
         let mut arena = Self { cluster, relays, questions, random, way, endings, _folder: folder };
-        arena.until_usable().await;
+        arena.until_usable(&[], "start").await;
         arena
     }
 
@@ -205,12 +204,9 @@ impl Arena {
                 Fault::Stop(_) | Fault::Cut(_) | Fault::Hold(_) | Fault::At(..) => {}
             }
         }
-        for index in 0..self.cluster.workers.len() {
-            self.revive(index, strikes, what).await;
-        }
+        self.until_usable(strikes, what).await;
         let router = self.cluster.router.as_mut().expect("a router");
         assert!(router.process.ended().unwrap().is_none(), "{what}: the router ended");
-        self.until_usable().await;
     }
 
     /// Starts a worker again if it has ended, which only one that was struck may.
@@ -224,17 +220,26 @@ impl Arena {
         self.cluster.workers[index].ready(READY).await.unwrap();
     }
 
-    /// Waits until the router would send requests to all workers.
-    async fn until_usable(&mut self) {
-        eventually(READY, "the router uses all workers", || async {
-            let workers = self.cluster.admin().get("/admin/workers").await.ok()?.ok().ok()?;
-            let usable = |worker: &serde_json::Value| worker["condition"] == "up";
-            workers["workers"].as_array()?.iter().all(usable).then_some(())
-        })
-        .await;
+    /// Waits until the router would send requests to all workers. One that met a panic may end meanwhile.
+    async fn until_usable(&mut self, strikes: &[Strike], what: &str) {
+        let begun = Instant::now();
+        while !self.is_usable().await {
+            for index in 0..self.cluster.workers.len() {
+                self.revive(index, strikes, what).await;
+            }
+            assert!(begun.elapsed() < READY, "{what}: the router does not use all workers");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 
-    /// Waits until no worker has a block in use. One that met a panic late may end meanwhile.
+    async fn is_usable(&self) -> bool {
+        let Ok(answer) = self.cluster.admin().get("/admin/workers").await else { return false };
+        let Ok(workers) = answer.json() else { return false };
+        let mut workers = workers["workers"].as_array().into_iter().flatten();
+        workers.all(|worker| worker["condition"] == "up")
+    }
+
+    /// Waits until no worker has a block in use.
     async fn until_free(&mut self, strikes: &[Strike], what: &str) {
         for index in 0..self.cluster.workers.len() {
             let is_struck = strikes.iter().any(|strike| strike.worker == index);
@@ -246,7 +251,7 @@ impl Arena {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         }
-        self.until_usable().await;
+        self.until_usable(strikes, what).await;
     }
 }
 

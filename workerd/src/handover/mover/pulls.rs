@@ -135,8 +135,9 @@ impl Pulls {
         drop(landing);
         let failed = |id| MoverEvent::PullFailed {
             id,
-            code: ErrorCode::KvPeerUnreachable,
-            message: "this worker stops moving blocks".to_owned(),
+            // No peer is to blame: whoever reads the same blocks elsewhere will get them.
+            code: ErrorCode::Internal,
+            message: "this worker moves no blocks any more".to_owned(),
             settled: true,
         };
         events.extend(pulls.into_iter().map(|pull| match pull.stage {

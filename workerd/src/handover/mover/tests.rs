@@ -409,7 +409,7 @@ fn a_full_or_ended_mover_hands_the_job_back() {
     assert_eq!(reader.handle.pull(job(2)).unwrap_err().id, PullId(2));
     assert!(reader.handle.shutdown());
     let event = heard(&reader);
-    assert_eq!(failure(std::slice::from_ref(&event)), (ErrorCode::KvPeerUnreachable, true));
+    assert_eq!(failure(std::slice::from_ref(&event)), (ErrorCode::Internal, true));
     assert_eq!(reader.handle.unfinished(), 0);
     assert_eq!(reader.handle.pull(job(3)).unwrap_err().id, PullId(3));
     reader.handle.cancel(PullId(1));
