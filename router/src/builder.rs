@@ -14,6 +14,7 @@ use pingora_core::services::listening::Service;
 use pingora_proxy::{HttpProxy, ProxyServiceBuilder};
 
 use crate::admin::Admin;
+use crate::client::pool;
 use crate::config::RouterConfig;
 use crate::engine::{Parts, Router};
 use crate::health::prober;
@@ -113,7 +114,7 @@ impl<H: Hooks> RouterBuilder<H> {
         self.shared.router.clone()
     }
 
-    /// Probes workers and keeps metrics small; without it no worker ever becomes usable.
+    /// Probes workers, keeps metrics small and few idle connections open; without it no worker ever becomes usable.
     pub fn attendant(&self) -> Attendant {
         Attendant { shared: Arc::clone(&self.shared) }
     }
@@ -183,7 +184,7 @@ pub struct Attendant {
     shared: Arc<Shared>,
 }
 
-/// How often histograms are emptied into their buckets.
+/// How often histograms are emptied into their buckets, and connections closed that nobody used for a while.
 const UPKEEP: std::time::Duration = std::time::Duration::from_secs(5);
 
 impl Attendant {
@@ -193,6 +194,7 @@ impl Attendant {
             loop {
                 tokio::time::sleep(UPKEEP).await;
                 self.shared.metrics.upkeep();
+                pool::sweep();
             }
         };
         tokio::join!(prober::run(Arc::clone(&self.shared.table)), upkeep);
