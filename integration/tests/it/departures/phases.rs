@@ -26,6 +26,10 @@ const WORKERS: usize = 2;
 const AT_ONCE: usize = 16;
 /// A wave is in its place long before.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// Steps so slow that a wave is together before its first prompt is computed, however busy the machine.
+const GATHERING: &str = "delay(100ms)";
+/// Steps while clients leave.
+const LEAVING: &str = "delay(20ms)";
 const MAX_TOMBSTONES: f64 = 65_536.0;
 
 #[tokio::test]
@@ -74,14 +78,15 @@ impl Scene {
     }
 
     async fn leave_while_queued(&mut self) {
-        arm(self.contexts(), "step", "delay(20ms)").await;
         for _ in 0..2 {
+            arm(self.contexts(), "step", GATHERING).await;
             let wave = self.wave(84, 1500);
             eventually(PATIENCE, "most of them wait for a slot", || async {
                 let waiting = sum(self.contexts(), "baton_worker_requests_waiting", &[]).await;
                 (waiting >= 42.0).then_some(())
             })
             .await;
+            arm(self.contexts(), "step", LEAVING).await;
             self.leave(wave, "queued").await;
         }
         arm(self.contexts(), "step", "off").await;
@@ -89,8 +94,8 @@ impl Scene {
     }
 
     async fn leave_in_the_context_computation(&mut self) {
-        arm(self.contexts(), "step", "delay(20ms)").await;
         for _ in 0..5 {
+            arm(self.contexts(), "step", GATHERING).await;
             let clients = WORKERS * AT_ONCE;
             let wave = self.wave(clients, 1500);
             eventually(PATIENCE, "nearly all of them are computed", || async {
@@ -98,6 +103,7 @@ impl Scene {
                 (running >= clients as f64 * 0.75).then_some(())
             })
             .await;
+            arm(self.contexts(), "step", LEAVING).await;
             self.leave(wave, "in the context computation").await;
         }
         arm(self.contexts(), "step", "off").await;
@@ -158,7 +164,7 @@ impl Scene {
     }
 
     async fn leave_in_mid_stream(&mut self) {
-        arm(self.generations(), "step", "delay(20ms)").await;
+        arm(self.generations(), "step", LEAVING).await;
         for _ in 0..4 {
             let wave = self.wave(42, 100);
             eventually(PATIENCE, "all streams have begun", || async {
@@ -185,6 +191,10 @@ impl Scene {
             let answered = Arc::clone(&wave.answered);
             wave.clients.spawn(async move {
                 let mut answer = client.stream(PATH, &request).await.unwrap();
+                if answer.status != 200 {
+                    let answer = answer.whole().await.unwrap();
+                    panic!("{}: {}", answer.status, String::from_utf8_lossy(&answer.body));
+                }
                 answer.event().await.unwrap();
                 answered.fetch_add(1, Ordering::Relaxed);
                 while answer.event().await.unwrap().is_some() {}
