@@ -1,24 +1,36 @@
 //! One real binary as a child process: own folder, log kept and shown when the test fails, ended on drop.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use crate::files;
 
-/// A port nobody listens on now.
+/// A port nobody listens on now, and that this process has not given out before. It is below those that the system
+/// gives to outgoing connections and to whoever binds to any port: these would take it before its daemon does.
 ///
 /// # Errors
-/// When the system has none left.
+/// When there seems to be none.
 pub fn free_port() -> Result<u16> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("a free port")?;
-    Ok(listener.local_addr()?.port())
+    const PORTS: Range<u16> = 10_000..32_000;
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+    for _ in 0..1000 {
+        let port = rand::random_range(PORTS);
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() && given.insert(port) {
+            return Ok(port);
+        }
+    }
+    bail!("no free port among {PORTS:?}")
 }
 
 /// How to start a binary.

@@ -119,6 +119,14 @@ pub async fn router_sum(cluster: &Cluster, name: &str, labels: &[(&str, &str)]) 
     Metrics::parse(std::str::from_utf8(&answer.body).unwrap()).sum(name, labels)
 }
 
+/// Whether the router would send requests to all of its workers: it is ready when it has one of each role.
+pub async fn all_usable(cluster: &Cluster) -> bool {
+    let Ok(answer) = cluster.admin().get("/admin/workers").await else { return false };
+    let Ok(workers) = answer.json() else { return false };
+    let mut workers = workers["workers"].as_array().into_iter().flatten();
+    workers.all(|worker| worker["condition"] == "up")
+}
+
 /// All a client can tell two answers apart by, but ids and times.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outcome {

@@ -23,7 +23,7 @@ use toml::toml;
 use self::faults::{Fault, SPREAD, Strike};
 use self::judge::{Question, Verdict};
 use crate::fire::scene::{Way, plan, worker};
-use crate::support::{READY, STOP};
+use crate::support::{READY, STOP, all_usable};
 use crate::tiny::{self, Tiny};
 
 /// Requests of a trial.
@@ -223,20 +223,13 @@ impl Arena {
     /// Waits until the router would send requests to all workers. One that met a panic may end meanwhile.
     async fn until_usable(&mut self, strikes: &[Strike], what: &str) {
         let begun = Instant::now();
-        while !self.is_usable().await {
+        while !all_usable(&self.cluster).await {
             for index in 0..self.cluster.workers.len() {
                 self.revive(index, strikes, what).await;
             }
             assert!(begun.elapsed() < READY, "{what}: the router does not use all workers");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-    }
-
-    async fn is_usable(&self) -> bool {
-        let Ok(answer) = self.cluster.admin().get("/admin/workers").await else { return false };
-        let Ok(workers) = answer.json() else { return false };
-        let mut workers = workers["workers"].as_array().into_iter().flatten();
-        workers.all(|worker| worker["condition"] == "up")
     }
 
     /// Waits until no worker has a block in use.

@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 use toml::{Table, toml};
 
 use crate::support::{
-    Outcome, READY, Running, all_free, blocks, complete, metrics, start_plan, token_ids,
+    Outcome, READY, Running, all_free, all_usable, blocks, complete, metrics, start_plan, token_ids,
 };
 use crate::tiny::{self, Tiny};
 
@@ -86,6 +86,10 @@ impl Scene {
         let model = tiny::model(4);
         let worker = worker(way, &over);
         let running = start_plan(|| plan(&model, 2, 2, &worker)).await;
+        eventually(READY, "the router uses all workers", || async {
+            all_usable(&running.cluster).await.then_some(())
+        })
+        .await;
         Self::of(running, model)
     }
 
