@@ -149,6 +149,11 @@ pub fn arm(name: &str, action: &str) -> Result<(), UnknownFailpoint> {
     Ok(())
 }
 
+/// The names of all points.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    POINTS.into_iter().map(|(_, name)| name)
+}
+
 /// All points by name.
 pub fn standings() -> impl Iterator<Item = (&'static str, Standing)> {
     POINTS.iter().zip(&STANDINGS).map(|((_, name), standing)| (*name, *lock(standing)))

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use baton_workerd::failpoint;
 use rand::Rng;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -45,20 +46,6 @@ pub struct Strike {
     pub fault: Fault,
 }
 
-const CONTEXT_POINTS: [&str; 6] =
-    ["context.computed", "context.leased", "context.answer", "lease.read", "release", "step"];
-const GENERATION_POINTS: [&str; 10] = [
-    "generation.checked",
-    "generation.confirmed",
-    "pull.accepted",
-    "pull.post",
-    "pull.posted",
-    "pull.read",
-    "pull.fenced",
-    "pull.notified",
-    "generation.pulled",
-    "step",
-];
 const ACTIONS: [&str; 4] = ["abort", "panic", "hold", "delay(30ms)"];
 /// Requests of a trial are sent within this; strikes fall within it too.
 pub const SPREAD: Duration = Duration::from_millis(120);
@@ -67,11 +54,16 @@ pub const SPREAD: Duration = Duration::from_millis(120);
 pub fn draw(random: &mut StdRng, trial: usize, way: Way) -> Vec<Strike> {
     let (context, generation) =
         [(true, false), (false, true), (true, true)][random.random_range(0..3)];
+    let is_of_generation =
+        |name: &&str| name.starts_with("generation.") || name.starts_with("pull.");
+    let context_points: Vec<_> =
+        failpoint::names().filter(|name| !is_of_generation(name)).collect();
+    let is_of_generation = |name: &&str| is_of_generation(name) || *name == "step";
+    let generation_points: Vec<_> = failpoint::names().filter(is_of_generation).collect();
     let mut strikes = Vec::new();
-    for (is_struck, workers, points) in [
-        (context, CONTEXTS, &CONTEXT_POINTS[..]),
-        (generation, GENERATIONS, &GENERATION_POINTS[..]),
-    ] {
+    for (is_struck, workers, points) in
+        [(context, CONTEXTS, context_points), (generation, GENERATIONS, generation_points)]
+    {
         if is_struck {
             // Every point with every action comes in turn.
             let point = points[trial % points.len()];

@@ -7,37 +7,18 @@ use std::time::Duration;
 
 use baton_integration::cluster::Member;
 use baton_integration::relay::{Passage, Relay};
+use baton_workerd::failpoint;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
 /// How long a fault lasts.
 const SPELL: Duration = Duration::from_millis(100);
-/// So many spells long nothing breaks: the router takes the worker into use again.
-const REST: u32 = 2;
-/// Moments at which a worker can be slow.
-const POINTS: [&str; 15] = [
-    "context.computed",
-    "context.leased",
-    "context.answer",
-    "lease.read",
-    "release",
-    "generation.checked",
-    "generation.confirmed",
-    "pull.accepted",
-    "pull.post",
-    "pull.posted",
-    "pull.read",
-    "pull.fenced",
-    "pull.notified",
-    "generation.pulled",
-    "step",
-];
-
 /// Goes on until it is dropped; [`calm`] ends what is left then.
 pub async fn rage(seed: u64, relays: &[Relay], workers: &[Member]) -> Infallible {
     let mut random = StdRng::seed_from_u64(seed);
     let mut spells = tokio::time::interval(SPELL);
+    let points: Vec<_> = failpoint::names().collect();
     loop {
         for relay in relays {
             let passages = [
@@ -48,14 +29,11 @@ pub async fn rage(seed: u64, relays: &[Relay], workers: &[Member]) -> Infallible
             ];
             relay.set(*passages.choose(&mut random).unwrap());
             let worker = workers.choose(&mut random).unwrap();
-            let point = POINTS.choose(&mut random).unwrap();
+            let point = *points.choose(&mut random).unwrap();
             let delay = format!("delay({}ms)", random.random_range(1..=10));
             worker.arm(point, &delay).await.unwrap();
             spells.tick().await;
             relay.set(Passage::Open);
-            for _ in 0..REST {
-                spells.tick().await;
-            }
             worker.arm(point, "off").await.unwrap();
         }
     }
@@ -65,7 +43,7 @@ pub async fn rage(seed: u64, relays: &[Relay], workers: &[Member]) -> Infallible
 pub async fn calm(relays: &[Relay], workers: &[Member]) {
     relays.iter().for_each(|relay| relay.set(Passage::Open));
     for worker in workers {
-        for point in POINTS {
+        for point in failpoint::names() {
             worker.arm(point, "off").await.unwrap();
         }
     }
