@@ -26,7 +26,7 @@ use crate::policy::{Features, Tried};
 use crate::table::Phase;
 use crate::table::worker::Worker;
 
-/// First pause when every worker said it has no room; doubled up to the second.
+/// First pause when every worker said it has no room, or failed; doubled up to the second.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
 /// How often a worker that has been silent for too long is looked at again.
 const RECHECK: Duration = Duration::from_secs(1);
@@ -341,54 +341,57 @@ impl<'a> Route<'a> {
         }
     }
 
-    /// A worker for this phase from the newest table; waits up to `queue_timeout` for one that is usable and has room.
-    /// As long it waits for another one before a worker that has failed this request is asked again.
+    /// A worker for this phase from the newest table. Waits up to `queue_timeout` for one that is usable and has room,
+    /// and as long for another one before a worker that has failed this request is asked again; when all have, only
+    /// for a moment.
     async fn choose(&mut self, tried: &mut Tried) -> Result<Arc<Worker>, Routed> {
         let (phase, table) = (self.phase, &self.shared.table);
         loop {
             let picked = table.pick(phase, &self.features, tried);
-            let is_busy = self.queues[phase as usize].busy;
-            let all_busy = picked.as_ref().is_some_and(|worker| is_busy && tried.contains(worker));
+            let is_better_expected = self.is_better_expected(tried);
+            let queue = &mut self.queues[phase as usize];
             if let Some(worker) = &picked
-                && !all_busy
-                && !self.is_better_expected(worker, tried)
+                && !(tried.contains(worker) && queue.busy || tried.has_failed(worker))
             {
                 return Ok(Arc::clone(worker));
             }
-            let queue = &mut self.queues[phase as usize];
             let since = *queue.since.get_or_insert_with(Instant::now);
             let deadline = since + self.config.routing.queue_timeout.duration();
-            if all_busy {
-                let pause = PAUSES.0 * 2u32.saturating_pow(queue.rounds.min(8));
-                let until = Instant::now() + pause.min(PAUSES.1);
-                if until < deadline {
-                    tokio::time::sleep_until(until).await;
-                    (queue.rounds, queue.busy) = (queue.rounds + 1, false);
-                    *tried = Tried::default();
+            let Some(worker) = picked else {
+                if table.wait_usable(phase, deadline).await {
                     continue;
                 }
-            } else if let Some(worker) = picked {
+                return Err(self.no_worker("is usable"));
+            };
+            if !queue.busy && is_better_expected {
                 let other = |other: &Worker| !tried.has_failed(other);
-                if !table.wait_usable_where(phase, deadline, other).await {
-                    return Ok(worker);
+                if table.wait_usable_where(phase, deadline, other).await {
+                    continue;
                 }
-                continue;
-            } else if table.wait_usable(phase, deadline).await {
-                continue;
+                return Ok(worker);
             }
-            let what = if all_busy { "has room" } else { "is usable" };
-            let message = format!("no {} worker {what}", phase.as_str());
-            let reply = Reply::error(ErrorCode::NoWorkers, &message);
-            let retry_after = queue.retry_after.or(reply.retry_after);
-            return Err(Routed::Reply(Reply { retry_after, ..reply }));
+            let pause = PAUSES.0 * 2u32.saturating_pow(queue.rounds.min(8));
+            let until = Instant::now() + pause.min(PAUSES.1);
+            if until >= deadline {
+                return if queue.busy { Err(self.no_worker("has room")) } else { Ok(worker) };
+            }
+            tokio::time::sleep_until(until).await;
+            (queue.rounds, queue.busy) = (queue.rounds + 1, false);
+            *tried = Tried::default();
         }
     }
 
-    /// Whether `worker` has failed this request and another one, out of use for now, has not.
-    fn is_better_expected(&self, worker: &Worker, tried: &Tried) -> bool {
+    /// Whether a worker that has not failed this request may come back into use.
+    fn is_better_expected(&self, tried: &Tried) -> bool {
         let table = self.shared.table.snapshot();
-        tried.has_failed(worker)
-            && table.pool(self.phase).iter().any(|other| !tried.has_failed(other))
+        table.pool(self.phase).iter().any(|other| !tried.has_failed(other))
+    }
+
+    fn no_worker(&self, what: &str) -> Routed {
+        let message = format!("no {} worker {what}", self.phase.as_str());
+        let reply = Reply::error(ErrorCode::NoWorkers, &message);
+        let retry_after = self.queues[self.phase as usize].retry_after.or(reply.retry_after);
+        Routed::Reply(Reply { retry_after, ..reply })
     }
 
     /// The header lines of a generation request: with state in the body it is signed as upstream does.

@@ -207,8 +207,7 @@ impl Tally {
         }
     }
 
-    /// Failures have an excuse and are few: when one of two workers is out of use and the other's connections break, a
-    /// router's tries are soon used up.
+    /// Failures have an excuse and are few: a router's tries can all meet a fault.
     pub fn is_good(&self) {
         let unexcused = self.failed.keys().find(|code| !EXCUSES.contains(&code.as_str()));
         assert!(unexcused.is_none(), "{self:?}");
