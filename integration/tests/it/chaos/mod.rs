@@ -1,7 +1,8 @@
 //! Chaos: two context workers, two generation workers and the router, struck at random and at every failpoint.
 //!
 //! Holds in every trial, as one worker of each role is left alone: no request fails before its first byte, none has a
-//! wrong token, all end in time, nobody ends with a peer, and afterwards every block is free. Freed blocks are
+//! wrong token, all end in time, nobody ends with a peer (over TCP but for UCX, see [`Arena::revive`]), and afterwards
+//! every block is free. Freed blocks are
 //! overwritten, so that a token computed from one is wrong. `BATON_CHAOS_SEED` and `BATON_CHAOS_TRIALS` repeat a run.
 
 mod faults;
@@ -23,7 +24,7 @@ use toml::toml;
 
 use self::faults::{Fault, SPREAD, Strike};
 use self::judge::{Question, Verdict};
-use crate::fire::scene::{CONTEXTS, GENERATIONS, Way, plan, worker};
+use crate::fire::scene::{CONTEXTS, Way, plan, worker};
 use crate::support::{READY, STOP, all_usable};
 use crate::tiny::{self, Tiny};
 
@@ -210,27 +211,23 @@ impl Arena {
         assert!(router.process.ended().unwrap().is_none(), "{what}: the router ended");
     }
 
-    /// Starts a worker again if it has ended, which only one that was struck may. And, over TCP, a context worker whose
-    /// reader has died: UCX aborts when it sends over a connection that breaks at that moment. These are counted.
+    /// Starts a worker again if it has ended, which only one that was struck may. And, over TCP, one whose peer has died:
+    /// UCX aborts when it sends over a connection that breaks at that moment. These are counted.
     async fn revive(&mut self, index: usize, strikes: &[Strike], what: &str) {
         let process = &mut self.cluster.workers[index].process;
         let Some(status) = process.ended().unwrap() else { return };
-        let is_meant =
-            strikes.iter().any(|strike| strike.worker == index && strike.fault.may_end());
-        let has_lost_a_reader = CONTEXTS.contains(&index)
-            && strikes
-                .iter()
-                .any(|strike| GENERATIONS.contains(&strike.worker) && strike.fault.may_end());
-        let is_ucx =
-            self.way == Way::Tcp && has_lost_a_reader && status.signal() == Some(libc::SIGABRT);
-        assert!(
-            is_meant || is_ucx,
-            "{what}: {} ended with {status}\n{}",
-            process.name(),
-            process.log()
-        );
+        let may_end = |is_it: &dyn Fn(usize) -> bool| {
+            strikes.iter().any(|strike| is_it(strike.worker) && strike.fault.may_end())
+        };
+        let is_meant = may_end(&|worker| worker == index);
+        let is_context = |worker: usize| CONTEXTS.contains(&worker);
+        let has_lost_a_peer = may_end(&|worker| is_context(worker) != is_context(index));
+        let is_abort = self.way == Way::Tcp && status.signal() == Some(libc::SIGABRT);
+        let log = process.log();
+        let is_ucx = has_lost_a_peer && is_abort;
+        assert!(is_meant || is_ucx, "{what}: {} ended with {status}\n{log}", process.name());
         if !is_meant {
-            *self.endings.entry("context workers ended by UCX").or_default() += 1;
+            *self.endings.entry("workers ended by UCX").or_default() += 1;
         }
         self.cluster.restart(index).unwrap();
         self.cluster.workers[index].ready(READY).await.unwrap();
