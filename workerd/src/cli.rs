@@ -122,7 +122,7 @@ impl Args {
                 (document.parse()?, Some(document))
             }
         };
-        let from_file = config.clone();
+        let mut from_file = config.clone();
         let has = |key: &str| document.as_ref().is_some_and(|document| document.has(key));
         if let Some(backend) = environment("TRTLLM_NIXL_KVCACHE_BACKEND")
             && !has("handover.nixl_backend")
@@ -130,6 +130,8 @@ impl Args {
             config.handover.nixl_backend = backend;
         }
         self.apply(&mut config)?;
+        // That the command line names the model is no mistake of the file.
+        from_file.model = from_file.model.or_else(|| config.model.clone());
         config.validate().map_err(|error| match document {
             // What the file says is to blame only where nothing has overruled it.
             Some(document) if from_file.validate().is_err_and(|other| other == error) => {

@@ -51,6 +51,9 @@ async fn a_wrong_configuration_names_file_line_key_and_rule() {
         &["unit.toml:3", "pull_timeout", "10 parsecs"],
     )
     .await;
+    let zero = at("zero.toml", "[handover]\nquarantine_timeout = \"0s\"\n");
+    let words = ["zero.toml:2", "quarantine_timeout", "0s", "above 0"];
+    refuses("baton-workerd", &["x.gguf", "--config", &zero], 78, &words).await;
     let role = at("role.toml", "model = \"x\"\nrole = \"prefill\"\n");
     refuses("baton-workerd", &["--config", &role], 78, &["role.toml:2", "role", "context"]).await;
     let later = at("later.toml", "model = \"x\"\n[handover]\nnixl_backend = \"LIBFABRIC\"\n");
