@@ -1,7 +1,7 @@
 //! Chaos: two context workers, two generation workers and the router, struck at random and at every failpoint.
 //!
 //! Holds in every trial, as one worker of each role is left alone: no request fails before its first byte, none has a
-//! wrong token, all end in time, nobody ends with a peer (over TCP but for UCX, see [`Arena::revive`]), and afterwards
+//! wrong token, all end in time, nobody ends with a peer (over TCP this does not hold: see [`Arena::revive`]), and afterwards
 //! every block is free. Freed blocks are
 //! overwritten, so that a token computed from one is wrong. `BATON_CHAOS_SEED` and `BATON_CHAOS_TRIALS` repeat a run.
 
@@ -25,7 +25,7 @@ use toml::toml;
 use self::faults::{Fault, SPREAD, Strike};
 use self::judge::{Question, Verdict};
 use crate::fire::scene::{CONTEXTS, Way, plan, worker};
-use crate::support::{READY, STOP, all_usable};
+use crate::support::{READY, Running, STOP, all_usable, start_behind_relays, start_plan};
 use crate::tiny::{self, Tiny};
 
 /// Requests of a trial.
@@ -54,11 +54,7 @@ enum Act {
     Arm(&'static str, &'static str),
 }
 
-async fn try_cluster(
-    model: &Tiny,
-    way: Way,
-    folder: &tempfile::TempDir,
-) -> anyhow::Result<(Cluster, Vec<Relay>)> {
+fn chaos_plan(model: &Tiny, way: Way) -> Plan {
     let settings = toml! {
         [handover]
         lease_timeout = "4s"
@@ -83,30 +79,21 @@ async fn try_cluster(
             eject_time_max = "500ms"
         },
     );
-    let relays = plan.behind_relays().await?;
-    Ok((Cluster::start(&plan, folder.path(), READY).await?, relays))
+    plan
 }
 
 impl Arena {
     async fn open(way: Way, seed: u64) -> Self {
-        let (model, folder) = (tiny::model(4), tempfile::tempdir().unwrap());
+        let model = tiny::model(4);
         let mut random = StdRng::seed_from_u64(seed);
         let mut reference = Plan::local(&model.path, 0, 1, &toml::Table::new()).unwrap();
         reference.router = None;
-        reference.workers[0].0 = "reference".to_owned();
-        let reference = Cluster::start(&reference, folder.path(), READY).await.unwrap();
-        let client = reference.workers[0].client();
+        let reference = start_plan(|| reference.clone()).await;
+        let client = reference.cluster.workers[0].client();
         let questions = judge::questions(&mut random, 42, &model, client).await;
-        reference.stop(STOP).unwrap();
-        let mut tries = 0;
-        let (cluster, relays) = loop {
-            match try_cluster(&model, way, &folder).await {
-                Ok(started) => break started,
-                // Somebody else took a port between our looking and the daemon's binding.
-                Err(error) if tries < 3 && format!("{error:#}").contains("in use") => tries += 1,
-                Err(error) => panic!("{error:#}"),
-            }
-        };
+        reference.stop();
+        let (Running { cluster, folder }, relays) =
+            start_behind_relays(|| chaos_plan(&model, way)).await;
         let endings = BTreeMap::new();
         let mut arena = Self { cluster, relays, questions, random, way, endings, _folder: folder };
         arena.until_usable(&[], "start").await;
@@ -211,8 +198,9 @@ impl Arena {
         assert!(router.process.ended().unwrap().is_none(), "{what}: the router ended");
     }
 
-    /// Starts a worker again if it has ended, which only one that was struck may. And, over TCP, one whose peer has died:
-    /// UCX aborts when it sends over a connection that breaks at that moment. These are counted.
+    /// Starts a worker again if it has ended, which only one that was struck may. Over TCP one whose peer has died
+    /// may abort: these are counted. UCX does so when it sends over a connection that breaks at that moment; once it was a
+    /// generation worker, for a reason that was not found.
     async fn revive(&mut self, index: usize, strikes: &[Strike], what: &str) {
         let process = &mut self.cluster.workers[index].process;
         let Some(status) = process.ended().unwrap() else { return };
@@ -224,10 +212,10 @@ impl Arena {
         let has_lost_a_peer = may_end(&|worker| is_context(worker) != is_context(index));
         let is_abort = self.way == Way::Tcp && status.signal() == Some(libc::SIGABRT);
         let log = process.log();
-        let is_ucx = has_lost_a_peer && is_abort;
-        assert!(is_meant || is_ucx, "{what}: {} ended with {status}\n{log}", process.name());
+        let is_tolerated = has_lost_a_peer && is_abort;
+        assert!(is_meant || is_tolerated, "{what}: {} ended with {status}\n{log}", process.name());
         if !is_meant {
-            *self.endings.entry("workers ended by UCX").or_default() += 1;
+            *self.endings.entry("workers that aborted after a peer died").or_default() += 1;
         }
         self.cluster.restart(index).unwrap();
         self.cluster.workers[index].ready(READY).await.unwrap();

@@ -83,7 +83,7 @@ async fn a_full_context_worker_is_passed_over() {
 async fn when_everybody_is_full_the_client_is_told_when_to_come_back() {
     let settings = toml! { [kv]
     max_tokens = 256 };
-    let mut scene = Scene::start(Way::Cma, settings).await;
+    let scene = Scene::start(Way::Cma, settings).await;
     let mut filling = Vec::new();
     for index in GENERATIONS {
         filling.push(fill(&scene, index).await);
@@ -97,7 +97,6 @@ async fn when_everybody_is_full_the_client_is_told_when_to_come_back() {
     all_free(&scene.running.cluster, PATIENCE).await;
     let request = scene.request(1, 70);
     assert_eq!(scene.ask(&request).await.unwrap(), scene.alone(&request).await);
-    scene.running.cluster.workers[0].process.ended().unwrap();
     scene.end().await;
 }
 
