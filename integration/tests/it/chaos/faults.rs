@@ -7,7 +7,7 @@ use rand::Rng;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 
-use crate::fire::scene::{CONTEXTS, GENERATIONS, Way};
+use crate::fire::scene::{CONTEXTS, GENERATIONS};
 
 /// What happens to one worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +51,7 @@ const ACTIONS: [&str; 4] = ["abort", "panic", "hold", "delay(30ms)"];
 pub const SPREAD: Duration = Duration::from_millis(120);
 
 /// What happens in trial number `trial`.
-pub fn draw(random: &mut StdRng, trial: usize, way: Way) -> Vec<Strike> {
+pub fn draw(random: &mut StdRng, trial: usize) -> Vec<Strike> {
     let (context, generation) =
         [(true, false), (false, true), (true, true)][random.random_range(0..3)];
     let is_of_generation =
@@ -68,7 +68,7 @@ pub fn draw(random: &mut StdRng, trial: usize, way: Way) -> Vec<Strike> {
             // Every point with every action comes in turn.
             let point = points[trial % points.len()];
             let action = ACTIONS[trial / points.len() % ACTIONS.len()];
-            let fault = fault(random, point, action, way);
+            let fault = fault(random, point, action);
             let worker = *workers.choose(random).expect("a role has workers");
             strikes.push(Strike { worker, after: within(random, Duration::ZERO, SPREAD), fault });
         }
@@ -76,12 +76,11 @@ pub fn draw(random: &mut StdRng, trial: usize, way: Way) -> Vec<Strike> {
     strikes
 }
 
-fn fault(random: &mut StdRng, point: &'static str, action: &'static str, way: Way) -> Fault {
+fn fault(random: &mut StdRng, point: &'static str, action: &'static str) -> Fault {
     let long = within(random, Duration::from_millis(20), Duration::from_millis(1500));
     match random.random_range(0..10) {
         0 => Fault::Kill,
-        // Over TCP a stopped worker can end by its dead peer: UCX aborts when it answers a connection that is gone.
-        1 if way == Way::Cma => Fault::Stop(long),
+        1 => Fault::Stop(long),
         2 => Fault::End,
         3 => Fault::Cut(long),
         4 => Fault::Hold(long),

@@ -10,7 +10,6 @@ mod judge;
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
 
 use baton_integration::cluster::{Cluster, Member, Plan, overlay};
@@ -24,7 +23,7 @@ use toml::toml;
 
 use self::faults::{Fault, SPREAD, Strike};
 use self::judge::{Question, Verdict};
-use crate::fire::scene::{CONTEXTS, Way, plan, worker};
+use crate::fire::scene::{Way, plan, worker};
 use crate::support::{READY, Running, STOP, all_usable, start_behind_relays, start_plan};
 use crate::tiny::{self, Tiny};
 
@@ -41,7 +40,6 @@ struct Arena {
     relays: Vec<Relay>,
     questions: Vec<Question>,
     random: StdRng,
-    way: Way,
     endings: BTreeMap<&'static str, usize>,
     _folder: tempfile::TempDir,
 }
@@ -95,13 +93,13 @@ impl Arena {
         let (Running { cluster, folder }, relays) =
             start_behind_relays(|| chaos_plan(&model, way)).await;
         let endings = BTreeMap::new();
-        let mut arena = Self { cluster, relays, questions, random, way, endings, _folder: folder };
+        let mut arena = Self { cluster, relays, questions, random, endings, _folder: folder };
         arena.until_usable(&[], "start").await;
         arena
     }
 
     async fn trial(&mut self, trial: usize) {
-        let strikes = faults::draw(&mut self.random, trial, self.way);
+        let strikes = faults::draw(&mut self.random, trial);
         let what = format!("trial {trial}, {strikes:?}");
         let asked: Vec<_> = (0..REQUESTS).map(|_| self.send()).collect();
         self.strike(&strikes).await;
@@ -198,25 +196,13 @@ impl Arena {
         assert!(router.process.ended().unwrap().is_none(), "{what}: the router ended");
     }
 
-    /// Starts a worker again if it has ended, which only one that was struck may. Over TCP one whose peer has died
-    /// may abort: these are counted. UCX does so when it sends over a connection that breaks at that moment; once it was a
-    /// generation worker, for a reason that was not found.
+    /// Starts a worker again if it has ended, which only one that was struck may.
     async fn revive(&mut self, index: usize, strikes: &[Strike], what: &str) {
         let process = &mut self.cluster.workers[index].process;
         let Some(status) = process.ended().unwrap() else { return };
-        let may_end = |is_it: &dyn Fn(usize) -> bool| {
-            strikes.iter().any(|strike| is_it(strike.worker) && strike.fault.may_end())
-        };
-        let is_meant = may_end(&|worker| worker == index);
-        let is_context = |worker: usize| CONTEXTS.contains(&worker);
-        let has_lost_a_peer = may_end(&|worker| is_context(worker) != is_context(index));
-        let is_abort = self.way == Way::Tcp && status.signal() == Some(libc::SIGABRT);
-        let log = process.log();
-        let is_tolerated = has_lost_a_peer && is_abort;
-        assert!(is_meant || is_tolerated, "{what}: {} ended with {status}\n{log}", process.name());
-        if !is_meant {
-            *self.endings.entry("workers that aborted after a peer died").or_default() += 1;
-        }
+        let is_meant = |strike: &Strike| strike.worker == index && strike.fault.may_end();
+        let (name, log) = (process.name().to_owned(), process.log());
+        assert!(strikes.iter().any(is_meant), "{what}: {name} ended with {status}\n{log}");
         self.cluster.restart(index).unwrap();
         self.cluster.workers[index].ready(READY).await.unwrap();
     }

@@ -79,18 +79,20 @@ async fn a_lease_that_a_dying_worker_has_read_is_computed_again() {
 
 #[tokio::test]
 async fn a_release_that_is_late_ends_the_lease_of_a_client_that_left() {
-    let scene = Scene::start(Way::Cma, toml::Table::new()).await;
-    let request = scene.request(4, 70);
-    scene.arm(&GENERATIONS, "generation.checked", "hold").await;
-    scene.arm(&CONTEXTS, "release", "hold").await;
-    let asked = scene.ask(&request);
-    scene.held(&GENERATIONS, "generation.checked").await;
-    asked.abort();
-    let lessor = scene.held(&CONTEXTS, "release").await;
-    assert_eq!(scene.lessor().await, lessor, "who has the lease is asked to end it");
-    scene.arm(&CONTEXTS, "release", "off").await;
-    scene.arm(&GENERATIONS, "generation.checked", "off").await;
-    scene.until(lessor, "baton_worker_leases_ended_total", &[("end", "released")], 1.0).await;
-    assert_eq!(scene.sum(&[lessor], "baton_worker_tombstones", &[]).await, 1.0);
-    scene.end().await;
+    for way in Way::BOTH {
+        let scene = Scene::start(way, toml::Table::new()).await;
+        let request = scene.request(4, 70);
+        scene.arm(&GENERATIONS, "generation.checked", "hold").await;
+        scene.arm(&CONTEXTS, "release", "hold").await;
+        let asked = scene.ask(&request);
+        scene.held(&GENERATIONS, "generation.checked").await;
+        asked.abort();
+        let lessor = scene.held(&CONTEXTS, "release").await;
+        assert_eq!(scene.lessor().await, lessor, "who has the lease is asked to end it");
+        scene.arm(&CONTEXTS, "release", "off").await;
+        scene.arm(&GENERATIONS, "generation.checked", "off").await;
+        scene.until(lessor, "baton_worker_leases_ended_total", &[("end", "released")], 1.0).await;
+        assert_eq!(scene.sum(&[lessor], "baton_worker_tombstones", &[]).await, 1.0);
+        scene.end().await;
+    }
 }

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::sync::{Mutex, PoisonError};
 
+use super::sends;
 use baton_shared::os::{EnvironmentError, set_default_environment};
 
 /// What is loaded; its own dependencies are found relative to it.
@@ -198,6 +199,11 @@ fn open(found: &Found) -> Result<NixlLibrary, LibraryError> {
     want_fresh_memory();
     let file = found.path();
     let unusable = |reason: String| LibraryError::Unusable { file: file.clone(), reason };
+    if !sends::stand_before_ucx() {
+        let reason = "this executable does not export the functions of `sends.rs`, as \
+                      `workerd/build.rs` has it done: UCX would end it with its peers";
+        return Err(unusable(reason.to_owned()));
+    }
     let name = CString::new(file.as_os_str().as_bytes())
         .map_err(|_| unusable("its name holds a zero byte".to_owned()))?;
     let library = match (dlopen(&name, libc::RTLD_NOW | libc::RTLD_LOCAL), found) {

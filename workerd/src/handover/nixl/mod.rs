@@ -6,6 +6,7 @@
 
 mod agent;
 pub mod library;
+mod sends;
 #[cfg(test)]
 mod tests;
 

@@ -1,9 +1,7 @@
 //! Workers that die or are stopped while their blocks are read, and readers that lose their patience. A settled pull's
 //! blocks belong to others: in every case nothing may be written to them any more.
 
-use std::os::unix::process::ExitStatusExt;
-
-use super::workers::{Failed, Reader, read_beside, read_beside_and};
+use super::workers::{Failed, Reader, read_beside};
 use super::*;
 use crate::handover::mover::MoverSettings;
 use crate::handover::{MoverEvent, PullId};
@@ -126,12 +124,7 @@ fn stop_in_mid_transfer(
 #[test]
 fn a_stopped_worker_costs_its_own_pulls_their_deadline_and_the_others_nothing() {
     let (owners, test) = (["stopped", "healthy"], "dying::child_reads_beside_a_stopped_worker");
-    read_beside_and(&owners, test, &[OVER_TCP], |name, mut owner| {
-        let status = owner.finish(PATIENCE);
-        // An assertion of UCX's often fails in who goes on when the connection that he sends over has been closed.
-        let is_assertion = name == "stopped" && status.signal() == Some(SIGABRT);
-        assert!(status.success() || is_assertion, "{name}: {status}\n{}", owner.printed());
-    });
+    read_beside(&owners, test, &[OVER_TCP]);
 }
 
 #[test]
@@ -139,7 +132,7 @@ fn a_stopped_worker_costs_its_own_pulls_their_deadline_and_the_others_nothing() 
 fn child_reads_beside_a_stopped_worker() {
     let settings = MoverSettings {
         settle_timeout: Duration::from_millis(1500),
-        // Long enough on any machine: UCX may end an owner whose transfer is interrupted.
+        // Long enough on any machine.
         rebuild_pause: DEADLINE,
         ..MoverSettings::default()
     };
@@ -176,16 +169,9 @@ fn child_reads_beside_a_stopped_worker() {
     ));
     let healthy = reader.succeed_from("healthy", 500);
     let again = reader.pull("stopped", 0, 1, DEADLINE);
-    let survived = match reader.event() {
-        MoverEvent::Pulled { id, .. } => id == again && reader.holds("stopped", 0),
-        MoverEvent::PullFailed { id, code, settled: true, .. } => {
-            assert_eq!((id, code), (again, ErrorCode::KvPeerUnreachable));
-            false
-        }
-        other => panic!("{other:?}"),
-    };
-    assert_eq!(survived, !threads_are(reader.process("stopped"), "ZX"));
-    reader.note(&format!("afterwards: healthy in {healthy:?}, the stopped one lives: {survived}"));
+    assert!(matches!(reader.event(), MoverEvent::Pulled { id, .. } if id == again));
+    assert!(reader.holds("stopped", 0), "what went on is read from again");
+    reader.note(&format!("afterwards: healthy in {healthy:?}"));
     assert_eq!(reader.handle.figures().rebuilds, 1);
     assert!(reader.handle.shutdown());
 }
@@ -256,7 +242,8 @@ fn readers_that_are_killed_while_blocks_are_copied_harm_nobody() {
     readers_are_killed(&[], 3);
 }
 
-/// Most of these kills ended the owner by a wild pointer in UCX before [`NixlLibrary`] had fresh memory mapped.
+/// Most of these kills ended the owner by a wild pointer in UCX before [`NixlLibrary`] had fresh memory mapped; of the
+/// rest some ended it by an assertion before sends stopped telling of broken connections (`sends.rs`).
 #[test]
 fn readers_that_are_killed_while_blocks_are_sent_do_not_crash_the_owner() {
     readers_are_killed(&[OVER_TCP], 3);
@@ -275,14 +262,8 @@ fn readers_are_killed(variables: &[(&str, &str)], readers: usize) {
     }
     put_file(folder, "stop", "");
     let status = owner.finish(PATIENCE);
-    // An assertion of UCX's is left, which fails when the connection breaks while it sends: one in 25 kills.
-    let is_assertion = status.signal() == Some(SIGABRT) && !variables.is_empty();
-    assert!(status.success() || is_assertion, "{status}\n{}", owner.printed());
-    println!("the owner of what {readers} killed readers read ended with {status}");
+    assert!(status.success(), "{status}\n{}", owner.printed());
 }
-
-/// What ends a process that gives up on itself.
-const SIGABRT: i32 = 6;
 
 #[test]
 #[ignore = "needs a process of its own"]

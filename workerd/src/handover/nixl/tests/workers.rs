@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::ops::Range;
+use std::os::unix::process::ExitStatusExt;
 
 use crossbeam_channel::Receiver;
 
@@ -139,21 +140,8 @@ fn child_owns() {
     });
 }
 
-/// Runs a test as a reader beside owners of these names. Nothing ends those but the reader's signal, else being told.
+/// Runs a test as a reader beside owners of these names. Each ends well when told, or was killed by the reader.
 pub fn read_beside(owners: &[&str], test: &'static str, variables: &[(&str, &str)]) {
-    read_beside_and(owners, test, variables, |_, owner| match threads_are(owner.id(), "ZX") {
-        true => owner.kill(),
-        false => owner.succeed(),
-    });
-}
-
-/// The same, with the owners' ends looked at by `end`; they have been told to stop then.
-pub fn read_beside_and(
-    owners: &[&str],
-    test: &'static str,
-    variables: &[(&str, &str)],
-    end: impl Fn(&str, Running),
-) {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     let start = |name: &&str| Running::start("workers::child_owns", name, folder, variables);
@@ -161,7 +149,11 @@ pub fn read_beside_and(
     Running::start(test, "reader", folder, variables).succeed();
     put_file(folder, "stop", "");
     show_figures(folder);
-    owners.iter().zip(running).for_each(|(name, owner)| end(name, owner));
+    for (name, mut owner) in owners.iter().zip(running) {
+        let status = owner.finish(PATIENCE);
+        let is_killed = status.signal() == Some(libc::SIGKILL);
+        assert!(status.success() || is_killed, "{name}: {status}\n{}", owner.printed());
+    }
 }
 
 /// A generation worker.
