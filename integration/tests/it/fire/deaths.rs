@@ -116,8 +116,8 @@ async fn a_lease_whose_reader_died_ends_by_time() {
 }
 
 /// A panic on either thread that matters ends the worker with an answer to everybody; the router goes elsewhere.
-async fn panics_at(workers: [usize; 2], point: &str) {
-    let mut scene = Scene::start(Way::Cma, toml::Table::new()).await;
+async fn panics_at(way: Way, workers: [usize; 2], point: &str) {
+    let mut scene = Scene::start(way, toml::Table::new()).await;
     let request = scene.request(6, 70);
     let expected = scene.alone(&request).await;
     scene.arm(&workers, point, "hold").await;
@@ -142,12 +142,16 @@ async fn panics_at(workers: [usize; 2], point: &str) {
 
 #[tokio::test]
 async fn a_bug_in_an_engine_costs_its_worker_and_no_request() {
-    panics_at(CONTEXTS, "context.computed").await;
-    panics_at(GENERATIONS, "generation.pulled").await;
+    for way in Way::BOTH {
+        panics_at(way, CONTEXTS, "context.computed").await;
+        panics_at(way, GENERATIONS, "generation.pulled").await;
+    }
 }
 
 #[tokio::test]
 async fn a_bug_in_a_mover_costs_its_worker_and_no_request() {
-    panics_at(GENERATIONS, "pull.accepted").await;
-    panics_at(CONTEXTS, "lease.read").await;
+    for way in Way::BOTH {
+        panics_at(way, GENERATIONS, "pull.accepted").await;
+        panics_at(way, CONTEXTS, "lease.read").await;
+    }
 }

@@ -25,6 +25,7 @@ impl Scene {
     }
 }
 
+/// Over TCP the lease's word is asked of it after the blocks: a stop there costs a deadline, as below.
 #[tokio::test]
 async fn a_worker_that_stops_once_its_blocks_were_read_is_not_needed_any_more() {
     let mut scene = Scene::start(Way::Cma, settings()).await;
