@@ -3,7 +3,7 @@
 CARGO_TEST = cargo test --release --workspace
 ARGS ?=
 
-.PHONY: run test test-long setup build clean
+.PHONY: run test test-long fuzz setup build clean
 
 ## Two context workers, a generation worker and the router with a real model; prints an answer, stays up.
 run: build
@@ -18,6 +18,11 @@ test-long: build
 	$(CARGO_TEST)
 	$(CARGO_TEST) --test it -- --ignored
 	$(CARGO_TEST) --lib -- --ignored --nocapture --test-threads=1 long_
+
+## The readers of untrusted files under libFuzzer, FUZZ_SECONDS each.
+FUZZ_SECONDS ?= 600
+fuzz: setup
+	@fuzz/run.sh $(FUZZ_SECONDS)
 
 ## What a build and a run need beyond the toolchain, into .deps.
 setup:
