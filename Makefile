@@ -3,7 +3,7 @@
 CARGO_TEST = cargo test --release --workspace
 ARGS ?=
 
-.PHONY: run test test-long fuzz setup build clean
+.PHONY: run test test-long bench bench-setup fuzz setup build clean
 
 ## Two context workers, a generation worker and the router with a real model; prints an answer, stays up.
 run: build
@@ -18,6 +18,15 @@ test-long: build
 	$(CARGO_TEST)
 	$(CARGO_TEST) --test it -- --ignored
 	$(CARGO_TEST) --lib -- --ignored --nocapture --test-threads=1 long_
+
+## The CPU engine beside llama.cpp, as tables of ratios: under 10 minutes, after building llama.cpp once.
+## ARGS="engine --rounds 5" for a part, ARGS="--ik-llama DIR" for one more peer, ARGS=--help for all there is.
+bench: build bench-setup
+	@cargo bench --workspace --bench cpu -- $(ARGS)
+
+## llama.cpp for this processor, into .deps.
+bench-setup: setup
+	@integration/benches/llama-cpp.sh
 
 ## The readers of untrusted files under libFuzzer, FUZZ_SECONDS each.
 FUZZ_SECONDS ?= 600
