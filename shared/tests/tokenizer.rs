@@ -1,16 +1,20 @@
-//! The demo model's tokenizer against ids that llama.cpp gave for the same strings.
+//! Real models' tokenizers against ids that llama.cpp gave for the same strings.
 #![cfg(feature = "text")]
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use baton_shared::text::gguf::Gguf;
 use baton_shared::text::tokenizer::Tokenizer;
 use serde::Deserialize;
 
-const MODEL: &str = ".deps/models/SmolLM2-135M-Instruct.Q4_1.gguf";
+const DEMO: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+/// Fetched on request only.
+const QWEN: &str = "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf";
 
 #[derive(Deserialize)]
 struct Golden {
+    model: String,
     cases: Vec<Case>,
 }
 
@@ -21,28 +25,43 @@ struct Case {
     ids_parse_special: Option<Vec<u32>>,
 }
 
-fn model_file() -> PathBuf {
+fn model_file(name: &str) -> Option<PathBuf> {
     let folders = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors();
-    let found = folders.map(|folder| folder.join(MODEL)).find(|path| path.exists());
-    found.unwrap_or_else(|| panic!("`{MODEL}` is not here: run `make setup`"))
+    folders.map(|folder| folder.join(".deps/models").join(name)).find(|path| path.exists())
+}
+
+fn tokenizer(path: &Path) -> Tokenizer {
+    let file = Gguf::open(path).expect("the model is a GGUF file");
+    Tokenizer::from_gguf(&file).expect("the model has a tokenizer")
 }
 
 fn demo_tokenizer() -> Tokenizer {
-    let file = Gguf::open(&model_file()).expect("the demo model is a GGUF file");
-    Tokenizer::from_gguf(&file).expect("the demo model has a tokenizer")
+    let path = model_file(DEMO);
+    tokenizer(&path.unwrap_or_else(|| panic!("`{DEMO}` is not here: run `make setup`")))
 }
 
-fn golden() -> Vec<Case> {
-    let text = include_str!("fixtures/smollm2-tokens.json");
+fn qwen_tokenizer(test: &str) -> Option<Tokenizer> {
+    let Some(path) = model_file(QWEN) else {
+        let line = format!("skipped: {test}: `{QWEN}` is not in .deps/models\n");
+        // Past the test runner, which would keep the line to itself.
+        std::io::stderr().write_all(line.as_bytes()).unwrap();
+        return None;
+    };
+    Some(tokenizer(&path))
+}
+
+fn golden(model: &str) -> Vec<Case> {
+    let text = match model {
+        DEMO => include_str!("fixtures/smollm2-tokens.json"),
+        _ => include_str!("fixtures/qwen2.5-coder-tokens.json"),
+    };
     let golden: Golden = serde_json::from_str(text).expect("the fixture is valid");
+    assert_eq!(golden.model, model);
+    assert!(golden.cases.len() >= 250);
     golden.cases
 }
 
-#[test]
-fn every_golden_string_has_llama_cpps_ids() {
-    let tokenizer = demo_tokenizer();
-    let cases = golden();
-    assert!(cases.len() >= 250);
+fn assert_encodes_as_llama_cpp(tokenizer: &Tokenizer, cases: Vec<Case>) {
     for case in cases {
         let plain = tokenizer.encode(&case.text, false).unwrap();
         assert_eq!(plain, case.ids, "{:?}", case.text);
@@ -51,14 +70,37 @@ fn every_golden_string_has_llama_cpps_ids() {
     }
 }
 
-#[test]
-fn decoding_gives_every_golden_string_back() {
-    let tokenizer = demo_tokenizer();
-    for case in golden() {
+fn assert_decodes_to_the_text(tokenizer: &Tokenizer, cases: Vec<Case>) {
+    for case in cases {
         assert_eq!(tokenizer.decode(&case.ids, false), case.text);
         let pieces: Vec<u8> =
             case.ids.iter().flat_map(|id| tokenizer.token_bytes(*id)).copied().collect();
         assert_eq!(String::from_utf8_lossy(&pieces), case.text);
+    }
+}
+
+#[test]
+fn every_golden_string_has_llama_cpps_ids() {
+    assert_encodes_as_llama_cpp(&demo_tokenizer(), golden(DEMO));
+}
+
+#[test]
+fn decoding_gives_every_golden_string_back() {
+    assert_decodes_to_the_text(&demo_tokenizer(), golden(DEMO));
+}
+
+#[test]
+fn every_golden_string_has_llama_cpps_ids_for_qwen_too() {
+    if let Some(tokenizer) = qwen_tokenizer("every_golden_string_has_llama_cpps_ids_for_qwen_too") {
+        assert_encodes_as_llama_cpp(&tokenizer, golden(QWEN));
+    }
+}
+
+#[test]
+fn decoding_gives_every_golden_string_back_for_qwen_too() {
+    if let Some(tokenizer) = qwen_tokenizer("decoding_gives_every_golden_string_back_for_qwen_too")
+    {
+        assert_decodes_to_the_text(&tokenizer, golden(QWEN));
     }
 }
 
@@ -84,7 +126,7 @@ fn a_hugging_face_folder_of_the_same_model_has_the_same_ids_and_hash() {
     std::fs::write(&config, r#"{"eos_token_id": 2}"#).unwrap();
     let from_file = Tokenizer::from_file(&file).unwrap();
     assert_eq!(from_file.hash(), from_gguf.hash());
-    for case in golden() {
+    for case in golden(DEMO) {
         assert_eq!(from_file.encode(&case.text, false).unwrap(), case.ids, "{:?}", case.text);
     }
     std::fs::write(&config, r#"{"eos_token_id": [2, 0]}"#).unwrap();
