@@ -164,6 +164,24 @@ impl Stream {
         Ok(Answer { status, headers, body: body.to_bytes() })
     }
 
+    /// The next piece of the body as it arrives, for who does not care about events; `None` at its end.
+    ///
+    /// # Errors
+    /// If the body is cut off.
+    pub async fn piece(&mut self) -> Result<Option<Bytes>> {
+        loop {
+            let frame = tokio::time::timeout(PATIENCE, self.body.frame()).await;
+            match frame.context("next event")? {
+                Some(frame) => {
+                    if let Ok(piece) = frame?.into_data() {
+                        return Ok(Some(piece));
+                    }
+                }
+                None => return Ok(None),
+            }
+        }
+    }
+
     /// The next event's data; `None` at the end of the body.
     ///
     /// # Errors
@@ -176,13 +194,8 @@ impl Stream {
                 let data = text.strip_prefix("data: ").context("an event begins with `data: `")?;
                 return Ok(Some(data.trim_end().to_owned()));
             }
-            let frame = tokio::time::timeout(PATIENCE, self.body.frame()).await;
-            match frame.context("next event")? {
-                Some(frame) => {
-                    if let Ok(piece) = frame?.into_data() {
-                        self.buffer.extend_from_slice(&piece);
-                    }
-                }
+            match self.piece().await? {
+                Some(piece) => self.buffer.extend_from_slice(&piece),
                 None if self.buffer.is_empty() => return Ok(None),
                 None => bail!("half an event at the end"),
             }

@@ -8,13 +8,15 @@ use anyhow::{Context, Result, ensure};
 use baton_integration::client::Client;
 use baton_shared::text::gguf::Gguf;
 use baton_shared::text::tokenizer::Tokenizer;
-use futures_util::future::{join_all, try_join_all};
+use futures_util::future::try_join_all;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
 use crate::Setting;
 use crate::rounds::quantile;
 
+/// No measurement takes longer.
+const PATIENCE: Duration = Duration::from_secs(180);
 /// English text of this project.
 const TEXT: &str = include_str!("../../tests/fixtures/perplexity.txt");
 
@@ -95,7 +97,8 @@ impl Crowd {
             }
             anyhow::Ok(tokens)
         };
-        let tokens = try_join_all((0..self.clients).map(client)).await?;
+        let all = try_join_all((0..self.clients).map(client));
+        let tokens = tokio::time::timeout(PATIENCE, all).await.context("a crowd's answers")??;
         let expected = self.clients * self.requests * self.answer as usize;
         let tokens: usize = tokens.into_iter().sum();
         // An event may carry several tokens, where one alone is no whole character.
@@ -129,10 +132,8 @@ pub async fn disturb(
             async move { stream(request, address, &note).await }
         });
         tokio::select! {
-            ended = join_all(streams) => {
-                for answer in ended {
-                    answer?;
-                }
+            ended = try_join_all(streams) => {
+                ended.context("a running stream")?;
                 anyhow::bail!("the streams ended before the prompts did")
             }
             () = over.notified() => Ok(()),
@@ -148,17 +149,16 @@ pub async fn disturb(
             let asked_at = Instant::now();
             let first = Cell::new(None);
             let note = |at: Instant| first.set(first.get().or(Some(at)));
-            stream(asked.request(length, 4), address, &note).await?;
+            stream(asked.request(length, 4), address, &note).await.context("a long prompt")?;
             firsts.push((first.get().context("a first token")? - asked_at).as_secs_f64());
         }
         let ended = Instant::now();
         over.notify_one();
         anyhow::Ok((begun, ended, firsts))
     };
-    let (ran, asked) = tokio::join!(run, prompt);
-    // A request that failed says more than that streams were not ended.
-    let (begun, ended, mut firsts) = asked?;
-    ran?;
+    let both = async { tokio::try_join!(run, prompt) };
+    let ((), (begun, ended, mut firsts)) =
+        tokio::time::timeout(PATIENCE, both).await.context("prompts beside streams")??;
     let mut gaps = Vec::new();
     let mut tokens = 0;
     for seen in &seen {
@@ -185,16 +185,27 @@ async fn stream(request: Value, address: SocketAddr, seen: &dyn Fn(Instant)) -> 
         let answer = stream.whole().await?;
         anyhow::bail!("status {}: {}", answer.status, String::from_utf8_lossy(&answer.body));
     }
-    let mut events = 0;
-    while let Some(data) = stream.event().await? {
-        if data == "[DONE]" {
-            break;
-        }
-        let event: Value = serde_json::from_str(&data).context("an event is JSON")?;
-        if event["choices"][0]["text"].as_str().is_some_and(|text| !text.is_empty()) {
-            seen(Instant::now());
-            events += 1;
+    let (mut events, mut buffer) = (0, Vec::new());
+    while let Some(piece) = stream.piece().await? {
+        buffer.extend_from_slice(&piece);
+        while let Some(end) = buffer.windows(2).position(|two| two == b"\n\n") {
+            let event: Vec<u8> = buffer.drain(..end + 2).collect();
+            if carries_text(&event)? {
+                seen(Instant::now());
+                events += 1;
+            }
         }
     }
     Ok(events)
+}
+
+/// Whether an event has a piece of the answer in it; servers send comments and closing events as well.
+fn carries_text(event: &[u8]) -> Result<bool> {
+    let Some(data) = event.strip_prefix(b"data: ") else { return Ok(false) };
+    if data.starts_with(b"[DONE]") {
+        return Ok(false);
+    }
+    let event: Value = serde_json::from_slice(data).context("an event is JSON")?;
+    ensure!(event["error"].is_null(), "the answer broke off: {event}");
+    Ok(event["choices"][0]["text"].as_str().is_some_and(|text| !text.is_empty()))
 }

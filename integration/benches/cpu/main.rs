@@ -81,13 +81,18 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<()> {
+    // From the tree's top folder, where `make` is called: we run in another, and peers in folders of their own.
+    let whole = |path: PathBuf| {
+        files::top().join(&path).canonicalize().with_context(|| path.display().to_string())
+    };
     let model = match cli.model {
-        Some(path) => path.canonicalize().with_context(|| path.display().to_string())?,
+        Some(path) => whole(path)?,
         None => files::demo_model()?,
     };
-    let llama = cli.llama.or_else(|| files::dep("llama.cpp/bin").ok());
+    let llama = cli.llama.or_else(|| files::dep("llama.cpp/bin").ok()).map(whole).transpose()?;
+    let ik_llama = cli.ik_llama.map(whole).transpose()?;
     let (threads, rounds) = (cli.threads.max(1), cli.rounds.max(1));
-    let setting = Setting { model, threads, rounds, llama, ik_llama: cli.ik_llama };
+    let setting = Setting { model, threads, rounds, llama, ik_llama };
     println!("{}\n", headline(&setting)?);
     let all = [Part::Engine, Part::Served, Part::Split, Part::Memory];
     for part in all.into_iter().filter(|part| cli.parts.is_empty() || cli.parts.contains(part)) {

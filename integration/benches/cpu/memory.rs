@@ -15,7 +15,7 @@ const POOL_MIB: f64 = 384.0;
 /// How long nobody asks.
 const IDLE: Duration = Duration::from_secs(5);
 /// Fills what is filled by use.
-const CROWD: Crowd = Crowd { clients: 8, requests: 1, prompt: 512, answer: 8 };
+const CROWD: Crowd = Crowd { clients: 4, requests: 1, prompt: 256, answer: 8 };
 
 /// All of it as a table.
 ///
@@ -45,7 +45,7 @@ pub fn run(setting: &Setting) -> Result<Table> {
     let mut table = Table::new("Memory and rest", &names(&["llama-server"]));
     let rows = [
         "resident after loading, MiB",
-        "resident after 8 prompts of 512, MiB",
+        "resident after 4 prompts of 256, MiB",
         "CPU while idle, % of a core",
     ];
     for (i, what) in rows.into_iter().enumerate() {

@@ -13,25 +13,42 @@ pub struct Peer {
     pub name: &'static str,
     folder: PathBuf,
     model: PathBuf,
-    /// Options of every call.
-    options: Vec<String>,
+    threads: String,
+    options: Options,
 }
 
+/// What a peer needs to be at its best.
+struct Options {
+    llama_bench: &'static [&'static str],
+    /// Long prompts need no warming up: it would double their time.
+    cold: &'static [&'static str],
+    llama_batched_bench: &'static [&'static str],
+}
+
+/// With its defaults it repacks what it has kernels for, and chooses how to attend.
+const LLAMA: Options =
+    Options { llama_bench: &[], cold: &["--no-warmup"], llama_batched_bench: &[] };
+/// Weights repacked at load, flash attention.
+const IK_LLAMA: Options = Options {
+    llama_bench: &["-rtr", "1", "-fa", "1"],
+    cold: &["-w", "0"],
+    llama_batched_bench: &["-rtr", "-fa", "1"],
+};
+
 impl Peer {
-    /// llama.cpp with its defaults: it repacks what it has kernels for.
+    /// llama.cpp.
     pub fn llama(folder: &Path, setting: &Setting) -> Self {
-        Self::new("llama.cpp", folder, setting, &[])
+        Self::new("llama.cpp", folder, setting, LLAMA)
     }
 
-    /// ik_llama.cpp at its best on a CPU: weights repacked at load, flash attention.
+    /// ik_llama.cpp.
     pub fn ik_llama(folder: &Path, setting: &Setting) -> Self {
-        Self::new("ik_llama.cpp", folder, setting, &["-rtr", "1", "-fa", "1"])
+        Self::new("ik_llama.cpp", folder, setting, IK_LLAMA)
     }
 
-    fn new(name: &'static str, folder: &Path, setting: &Setting, options: &[&str]) -> Self {
-        let mut all = vec!["-t".to_owned(), setting.threads.to_string()];
-        all.extend(options.iter().map(|option| (*option).to_owned()));
-        Self { name, folder: folder.to_owned(), model: setting.model.clone(), options: all }
+    fn new(name: &'static str, folder: &Path, setting: &Setting, options: Options) -> Self {
+        let (folder, model) = (folder.to_owned(), setting.model.clone());
+        Self { name, folder, model, threads: setting.threads.to_string(), options }
     }
 
     /// Prompt tokens a second.
@@ -39,8 +56,10 @@ impl Peer {
     /// # Errors
     /// If the program fails or says something else.
     pub fn prefill(&self, tokens: u32) -> Result<f64> {
+        let cold = if tokens > 1024 { self.options.cold } else { &[] };
         let tokens = tokens.to_string();
-        let out = self.run("llama-bench", &["-p", &tokens, "-n", "0", "-r", "1", "-o", "json"])?;
+        let args = ["-p", &tokens, "-n", "0", "-r", "1", "-o", "json"];
+        let out = self.run("llama-bench", &[&args, self.options.llama_bench, cold].concat())?;
         let from = out.find('[').context("llama-bench prints JSON")?;
         let figures: serde_json::Value = serde_json::from_str(&out[from..])?;
         figures[0]["avg_ts"].as_f64().with_context(|| format!("`avg_ts` in {out}"))
@@ -55,6 +74,7 @@ impl Peer {
         let [room, sequences, context, tokens] =
             [room, sequences, context, tokens].map(|n| n.to_string());
         let args = ["-c", &room, "-npp", &context, "-ntg", &tokens, "-npl", &sequences];
+        let args = [&args, self.options.llama_batched_bench].concat();
         let out = self.run("llama-batched-bench", &args)?;
         // | PP | TG | B | N_KV | T_PP s | S_PP t/s | T_TG s | S_TG t/s | T s | S t/s |
         let mut rows = out.lines().filter(|line| line.starts_with('|'));
@@ -65,9 +85,11 @@ impl Peer {
 
     fn run(&self, program: &str, args: &[&str]) -> Result<String> {
         let path = self.folder.join(program);
+        // One of them writes a log into the current folder.
+        let folder = tempfile::tempdir()?;
         let mut command = Command::new(&path);
-        command.arg("-m").arg(&self.model).args(args).args(&self.options).stdin(Stdio::null());
-        // `-rtr` and `-fa` are flags without a value in all programs but llama-bench.
+        command.current_dir(folder.path()).stdin(Stdio::null());
+        command.arg("-m").arg(&self.model).args(["-t", &self.threads]).args(args);
         let output = command.output().with_context(|| path.display().to_string())?;
         let errors = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "{command:?} ended with {}:\n{errors}", output.status);

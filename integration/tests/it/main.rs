@@ -13,6 +13,7 @@ mod golden;
 mod handover;
 mod mixed;
 mod openai_client;
+mod perplexity;
 mod random_faults;
 mod router_faults;
 mod spine;
