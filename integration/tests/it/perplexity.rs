@@ -119,6 +119,18 @@ fn the_demo_models_perplexity_of_a_whole_text_is_an_f32_passes_within_half_a_per
 }
 
 #[test]
+#[ignore = "long: reads the whole text, a token at a time"]
+fn qwens_perplexity_of_a_whole_text_is_an_f32_passes_within_half_a_percent() {
+    let name = "qwens_perplexity_of_a_whole_text_is_an_f32_passes_within_half_a_percent";
+    let recorded = qwen();
+    let Ok(path) = files::dep(&format!("models/{}", recorded.model)) else {
+        return skipped(name, &format!("`{}` is not in .deps/models", recorded.model));
+    };
+    let excess = excess(&recorded, &path, usize::MAX);
+    assert!(excess.abs() <= 0.005, "{excess}");
+}
+
+#[test]
 fn a_whole_text_has_llama_cpps_ids() {
     let name = "a_whole_text_has_llama_cpps_ids";
     for recorded in [demo(), qwen()] {
