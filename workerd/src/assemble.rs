@@ -5,7 +5,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Component, Path};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use baton_shared::config::ConfigError;
@@ -15,12 +15,11 @@ use baton_shared::kv::layout::KvDtype;
 use baton_shared::os;
 use baton_shared::wire::auth::Keys;
 
-use crate::api::info::IterationStats;
 use crate::api::worker::{Limits, Worker, unix_seconds};
 use crate::backend::Backend;
 use crate::backend::cpu::{CpuBackend, CpuOptions, Simd};
 use crate::config::{Secret, WorkerConfig, not_yet};
-use crate::engine::{EngineConfig, EngineHandle, Parts, engine};
+use crate::engine::{EngineConfig, EngineHandle, Parts, StepPace, engine};
 use crate::handover::PeerAddress;
 use crate::handover::mover::{Mover, MoverHandle, MoverRegions, MoverSettings, OpenTransport};
 use crate::handover::nixl::{AgentRole, NixlLibrary, NixlSettings, NixlTransport, agent_name};
@@ -66,7 +65,7 @@ pub fn assemble(config: &WorkerConfig, address: SocketAddr) -> Result<Assembled>
     let id: WorkerId = address.to_string().parse()?;
     let limits = limits(config, &spec, backend.pool());
     let metrics = Arc::new(Metrics::new(config.role));
-    let (handle, seat) = engine(engine_config(config, &limits));
+    let (handle, seat) = engine(engine_config(config, &limits, &spec));
     let epochs = EpochPage::new(backend.pool().layout.blocks as usize)?;
     let settings = MoverSettings {
         settle_timeout: config.handover.quarantine_timeout.duration(),
@@ -99,7 +98,7 @@ pub fn assemble(config: &WorkerConfig, address: SocketAddr) -> Result<Assembled>
         mover: mover.clone(),
         mint: IdMint::new(rand::random(), rand::random()),
         started: unix_seconds(),
-        iterations: IterationStats::default(),
+        event_hash: config.kv.event_hash,
     };
     Ok(Assembled { worker: Arc::new(worker), mover })
 }
@@ -219,15 +218,11 @@ fn cpu_backend(config: &WorkerConfig, model: &Model) -> Result<CpuBackend> {
         blocks > 0,
         "`kv.pool` = `{pool}` is too small: one block of this model has {block_bytes} bytes"
     );
-    let threads = match config.engine.threads {
-        0 => os::cores_available().get(),
-        threads => threads as usize,
-    };
     let options = CpuOptions {
-        threads,
+        threads: threads(config),
         max_sequences: config.engine.max_sequences,
         max_batch_tokens: match config.engine.max_batch_tokens {
-            0 => tokens_a_step(spec, threads),
+            0 => MOST_TOKENS.max(config.engine.max_sequences),
             tokens => tokens.max(config.engine.max_sequences),
         },
         blocks,
@@ -237,16 +232,26 @@ fn cpu_backend(config: &WorkerConfig, model: &Model) -> Result<CpuBackend> {
     Ok(CpuBackend::new(model, &options)?)
 }
 
-/// Tokens that take about 100 ms, so that a long prompt keeps nobody's next token waiting for longer.
-fn tokens_a_step(spec: &ModelSpec, threads: usize) -> u32 {
-    /// Additions and multiplications one thread does in a step, roughly.
-    const WORK: f64 = 4e9;
-    const BOUNDS: (f64, f64) = (64.0, 2048.0);
+/// Tokens of a step on the CPU at most, where time allows so many.
+const MOST_TOKENS: u32 = 2048;
+
+fn threads(config: &WorkerConfig) -> usize {
+    match config.engine.threads {
+        0 => os::cores_available().get(),
+        threads => threads as usize,
+    }
+}
+
+/// A long prompt keeps nobody's next token waiting for longer than some 75 ms: 50 to 100 ms are the aim.
+fn step_pace(spec: &ModelSpec, threads: usize) -> StepPace {
+    const TARGET: Duration = Duration::from_millis(75);
+    /// Additions and multiplications one thread does in a second, roughly.
+    const WORK: f64 = 4e10;
     let (hidden, ffn) = (f64::from(spec.hidden), f64::from(spec.ffn));
     let attention = 2.0 * f64::from(spec.query_width() + spec.kv_width()) * hidden;
     let weights = f64::from(spec.layers) * (attention + 3.0 * ffn * hidden);
-    let tokens = WORK * threads as f64 / (2.0 * weights);
-    tokens.clamp(BOUNDS.0, BOUNDS.1) as u32 / 32 * 32
+    let row = 2.0 * weights / (WORK * threads as f64);
+    StepPace { target: TARGET, row: Duration::from_secs_f64(row) }
 }
 
 fn limits(config: &WorkerConfig, spec: &ModelSpec, pool: &KvRegion) -> Limits {
@@ -264,7 +269,7 @@ fn limits(config: &WorkerConfig, spec: &ModelSpec, pool: &KvRegion) -> Limits {
     }
 }
 
-fn engine_config(config: &WorkerConfig, limits: &Limits) -> EngineConfig {
+fn engine_config(config: &WorkerConfig, limits: &Limits, spec: &ModelSpec) -> EngineConfig {
     EngineConfig {
         max_queue: config.server.max_queue as usize,
         max_sequences: config.engine.max_sequences,
@@ -276,6 +281,10 @@ fn engine_config(config: &WorkerConfig, limits: &Limits) -> EngineConfig {
             0 => u32::MAX,
             tokens => tokens,
         },
+        prefix_cache: config.kv.prefix_cache,
+        event_buffer: config.kv.event_buffer as usize,
+        event_hash: config.kv.event_hash,
+        pace: Some(step_pace(spec, threads(config))),
         ..EngineConfig::default()
     }
 }

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use baton_shared::config::net::Listen;
 use baton_shared::config::units::{Bytes, Seconds};
+use baton_shared::kv::block_hash::EventHashAlgorithm;
 use baton_shared::role::Role;
 use baton_shared::telemetry::LogFormat;
 use serde::{Deserialize, Serialize};
@@ -99,6 +100,10 @@ pub struct KvSection {
     pub free_gpu_memory_fraction: Option<f64>,
     /// Whether blocks of earlier prompts are used again.
     pub prefix_cache: bool,
+    /// Events of the prefix cache kept for `/kv_cache_events`; 0 = none.
+    pub event_buffer: u32,
+    /// How these name blocks.
+    pub event_hash: EventHashAlgorithm,
     /// Share of the pool that leases may hold; `None` = 0.9 for role context, else 0.5.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_leased_fraction: Option<f64>,
@@ -222,7 +227,9 @@ impl Default for KvSection {
             pool: Bytes::mib(512),
             max_tokens: 0,
             free_gpu_memory_fraction: None,
-            prefix_cache: false,
+            prefix_cache: true,
+            event_buffer: 1024,
+            event_hash: EventHashAlgorithm::default(),
             max_leased_fraction: None,
         }
     }

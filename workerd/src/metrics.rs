@@ -36,9 +36,12 @@ const HEARTBEAT_SECONDS: &str = "baton_worker_engine_heartbeat_age_seconds";
 const HANDOVER_PEERS: &str = "baton_worker_handover_peers_total";
 const HANDOVER_REBUILDS: &str = "baton_worker_handover_rebuilds_total";
 const TOMBSTONES: &str = "baton_worker_tombstones";
+const CACHED: &str = "baton_worker_prefix_cache_blocks";
+const EVICTED: &str = "baton_worker_prefix_cache_evictions_total";
+const EVENTS_DROPPED: &str = "baton_worker_kv_events_dropped_total";
 const INFO: &str = "baton_worker_info";
 
-const COUNTERS: [(&str, &str); 12] = [
+const COUNTERS: [(&str, &str); 14] = [
     (
         REQUESTS,
         "Requests that ended, by endpoint, phase and outcome (ok, client_gone, or the error code).",
@@ -59,14 +62,17 @@ const COUNTERS: [(&str, &str); 12] = [
         HANDOVER_PEERS,
         "Peers by the transport their blocks come by: shared_memory (copied out of the peer) or network.",
     ),
+    (EVICTED, "Blocks of the prefix cache that lost their content to another use."),
+    (EVENTS_DROPPED, "Events of the prefix cache that were dropped because nobody asked for them."),
     (HANDOVER_REBUILDS, "Times the moving agent was rebuilt because transfers did not end."),
 ];
 
-const GAUGES: [(&str, &str); 8] = [
+const GAUGES: [(&str, &str); 9] = [
     (RUNNING, "Requests that are being computed."),
     (WAITING, "Requests that wait for blocks or a slot."),
     (PULLING, "Requests whose blocks are being fetched."),
     (BLOCKS, "KV blocks by state."),
+    (CACHED, "Blocks that can be found by their tokens, free ones included."),
     (LEASES, "Leases held for a reader."),
     (TOMBSTONES, "Requests remembered because they were released; the oldest are forgotten."),
     (HEARTBEAT_SECONDS, "Time since the engine thread last showed itself."),
@@ -181,6 +187,8 @@ impl Metrics {
             leases,
             tombstones,
             blocks,
+            cache,
+            events_dropped,
             totals,
         } = status;
         for (name, value) in [
@@ -192,6 +200,7 @@ impl Metrics {
         ] {
             self.gauge(name, &[]).set(*value as f64);
         }
+        self.gauge(CACHED, &[]).set(f64::from(cache.cached));
         self.gauge(HEARTBEAT_SECONDS, &[]).set(heartbeat_age.as_secs_f64());
         for (state, count) in [
             ("free", blocks.free),
@@ -206,6 +215,8 @@ impl Metrics {
             (GENERATED_TOKENS, totals.generated),
             (STEPS, totals.steps),
             (PREEMPTIONS, totals.preemptions),
+            (EVICTED, cache.evicted),
+            (EVENTS_DROPPED, *events_dropped),
             (HANDOVERS, totals.pulls),
             (HANDOVER_BYTES, totals.pulled_bytes),
             (HANDOVER_DESCRIPTORS, totals.pulled_descriptors),

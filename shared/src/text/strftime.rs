@@ -1,4 +1,4 @@
-//! Dates for chat templates: the directives of C's `strftime` that templates use, in UTC and English.
+//! Dates as text, for chat templates and statistics: the directives of C's `strftime` that templates use, in UTC and English.
 
 const MONTHS: [&str; 12] = [
     "January",
@@ -22,7 +22,7 @@ const DAYS: [&str; 7] =
 ///
 /// # Errors
 /// A sentence, if a directive is unknown.
-pub(super) fn strftime(format: &str, unix: u64) -> Result<String, String> {
+pub fn strftime(format: &str, unix: u64) -> Result<String, String> {
     let (days, second) = (unix / 86_400, unix % 86_400);
     let (year, month, day) = civil(days);
     let (hour, minute) = (second / 3600, second / 60 % 60);

@@ -114,6 +114,8 @@ pub struct SamplingFields {
     pub stream: Option<bool>,
     /// What else a stream carries.
     pub stream_options: Option<StreamOptions>,
+    /// Only requests of the same salt share cached keys and values.
+    pub cache_salt: Option<String>,
     /// Not honoured yet.
     pub logit_bias: Option<BTreeMap<String, f32>>,
     /// Not honoured yet.
@@ -169,6 +171,9 @@ impl SamplingFields {
     pub fn check(&self) -> Result<(), InvalidRequest> {
         self.check_ranges()?;
         self.check_stops()?;
+        if self.cache_salt.as_ref().is_some_and(|salt| salt.trim().is_empty()) {
+            return Err(InvalidRequest::member("cache_salt", "must not be empty"));
+        }
         self.check_available()
     }
 

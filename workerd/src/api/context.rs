@@ -8,6 +8,7 @@ use axum::body::Body;
 use axum::http::header;
 use axum::response::Response;
 use baton_shared::id::DisaggRequestId;
+use baton_shared::kv::block_hash::CacheSalt;
 use baton_shared::kv::record::{LeasedBlocks, Record, prompt_hash};
 use baton_shared::wire::completion::FinishReason;
 use baton_shared::wire::disagg::{DisaggregatedParams, FirstLogProbs, TokenLogProb};
@@ -70,6 +71,7 @@ pub async fn serve(
     let (output, receiver) = channel(EVENTS);
     worker.engine.submit(Submission {
         prompt: job.prompt.clone(),
+        salt: job.request.salt.as_deref().map(CacheSalt::of),
         sampling: job.request.sampling.clone(),
         stop: job.stop_rule(&rules),
         phase: Phase::Context(request),
@@ -145,7 +147,7 @@ fn record(
         address: worker.address.clone(),
         incarnation: worker.incarnation,
         request,
-        prompt_hash: prompt_hash(&job.prompt, None),
+        prompt_hash: prompt_hash(&job.prompt, job.request.salt.as_deref()),
         fingerprint: worker.fingerprint,
         prompt_tokens: job.prompt_tokens(),
         lease,

@@ -117,8 +117,9 @@ async fn generate(
         }
         Part::Generation(params) => {
             let wants_scores = job.request.sampling.logprobs.is_some();
+            let (prompt, salt) = (&job.prompt, job.request.salt.as_deref());
             let takeover =
-                Takeover::check(worker, &params, &job.prompt, wants_scores, authentication)?;
+                Takeover::check(worker, &params, prompt, salt, wants_scores, authentication)?;
             failpoint::arrive(Point::GenerationChecked).await;
             takeover.confirm_peer(worker).await?;
             failpoint::arrive(Point::GenerationConfirmed).await;

@@ -17,7 +17,9 @@ mod failpoints;
 mod fake_texts;
 mod generate;
 pub mod info;
+mod iterations;
 mod job;
+mod kv_events;
 pub mod peer;
 mod release;
 mod request;
@@ -46,7 +48,7 @@ use crate::failpoint;
 /// All paths of a worker.
 pub fn router(worker: Arc<Worker>) -> Router {
     let tests = if failpoint::is_enabled() { failpoints::routes() } else { Router::new() };
-    let events = get(info::kv_cache_events).post(info::kv_cache_events);
+    let events = get(kv_events::kv_cache_events).post(kv_events::kv_cache_events);
     Router::new()
         .route("/v1/completions", post(generate::completions))
         .route("/v1/chat/completions", post(generate::chat))
@@ -55,7 +57,7 @@ pub fn router(worker: Arc<Worker>) -> Router {
         .route("/health", get(info::health))
         .route("/version", get(info::version))
         .route("/server_info", get(info::server_info))
-        .route("/metrics", get(info::iterations))
+        .route("/metrics", get(iterations::iterations))
         .route("/prometheus/metrics", get(info::prometheus))
         .route("/kv_cache_events", events)
         .merge(tests)

@@ -30,6 +30,8 @@ pub struct Request {
     pub model: String,
     /// What to continue.
     pub prompt: PromptSource,
+    /// `cache_salt`.
+    pub salt: Option<String>,
     /// How tokens are chosen.
     pub sampling: SamplingParams,
     /// Strings that end the text.
@@ -209,6 +211,7 @@ impl Request {
             endpoint,
             model: model.ok_or_else(|| ApiError::member("model", "is missing"))?,
             prompt,
+            salt: fields.cache_salt.clone(),
             sampling,
             stop: fields.stop.clone().unwrap_or_default().0,
             stop_token_ids: fields.stop_token_ids.clone().unwrap_or_default(),

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use baton_shared::kv::block_hash::CacheSalt;
 use baton_shared::wire::error::ErrorCode;
 use baton_shared::wire::usage::Usage;
 
@@ -74,6 +75,7 @@ impl Run {
         let Job { request, prompt, .. } = job;
         worker.engine.submit(Submission {
             prompt,
+            salt: request.salt.as_deref().map(CacheSalt::of),
             sampling: request.sampling,
             stop,
             phase,

@@ -38,6 +38,7 @@ impl Takeover {
         worker: &Worker,
         params: &DisaggregatedParams,
         prompt: &[u32],
+        salt: Option<&str>,
         wants_scores: bool,
         authentication: Option<&str>,
     ) -> Result<Self, ApiError> {
@@ -50,7 +51,7 @@ impl Takeover {
         let state = state.ok_or_else(|| invalid("`encoded_opaque_state` is missing"))?;
         let record =
             Record::decode_text(state, &worker.keys).map_err(|error| invalid(error.to_string()))?;
-        let request = same_request(params, prompt, &record)?;
+        let request = same_request(params, prompt, salt, &record)?;
         if record.fingerprint != worker.fingerprint {
             return Err(incompatible(worker, &record));
         }
@@ -76,6 +77,7 @@ impl Takeover {
 fn same_request(
     params: &DisaggregatedParams,
     prompt: &[u32],
+    salt: Option<&str>,
     record: &Record,
 ) -> Result<DisaggRequestId, ApiError> {
     let named = params.disagg_request_id.or(params.ctx_request_id);
@@ -83,8 +85,8 @@ fn same_request(
         return Err(invalid("the hand-over record is of another request"));
     }
     let same_length = u32::try_from(prompt.len()) == Ok(record.prompt_tokens);
-    if !same_length || prompt_hash(prompt, None) != record.prompt_hash {
-        return Err(invalid("the hand-over record is of another prompt"));
+    if !same_length || prompt_hash(prompt, salt) != record.prompt_hash {
+        return Err(invalid("the hand-over record is of another prompt or cache salt"));
     }
     Ok(record.request)
 }

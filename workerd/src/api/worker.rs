@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use baton_shared::id::{DisaggRequestId, IdMint, Incarnation, WorkerId};
+use baton_shared::kv::block_hash::EventHashAlgorithm;
 use baton_shared::role::Role;
 use baton_shared::wire::auth::Keys;
 use baton_shared::wire::error::ErrorCode;
 
 use super::error::ApiError;
-use super::info::IterationStats;
 use crate::engine::EngineHandle;
 use crate::handover::mover::MoverHandle;
 use crate::metrics::Metrics;
@@ -45,8 +45,8 @@ pub struct Worker {
     pub mint: IdMint,
     /// Unix seconds of its start.
     pub started: u64,
-    /// What `/metrics` has shown already.
-    pub iterations: IterationStats,
+    /// How events of the prefix cache name blocks.
+    pub event_hash: EventHashAlgorithm,
 }
 
 /// What a worker can hold, in tokens.

@@ -289,16 +289,23 @@ fn check(plan: &StepPlan, caps: &Caps, layout: &KvLayout) -> Result<(), String> 
         return Err(format!("token {token} is outside a vocabulary of {}", caps.vocab));
     }
     let mut slots = HashSet::new();
-    let mut readers: HashMap<BlockIndex, Slot> = HashMap::new();
     for seq in &plan.seqs {
         if seq.slot.0 >= caps.max_sequences || !slots.insert(seq.slot) {
             return Err(format!("{:?} does not exist or comes twice", seq.slot));
         }
         check_sequence(plan, seq, layout)?;
-        // Nothing is shared yet, so every block has one reader in a step.
-        for block in &plan.tables[seq.table.start as usize..seq.table.end as usize] {
-            if let Some(other) = readers.insert(*block, seq.slot) {
-                return Err(format!("{block:?} is of {other:?} and of {:?}", seq.slot));
+    }
+    // Blocks may be shared, but one that is written belongs to its writer.
+    let table = |seq: &StepSeq| &plan.tables[seq.table.start as usize..seq.table.end as usize];
+    let mut writers: HashMap<BlockIndex, Slot> = HashMap::new();
+    for seq in &plan.seqs {
+        let written = &table(seq)[(seq.start / layout.block_tokens) as usize..];
+        writers.extend(written.iter().map(|block| (*block, seq.slot)));
+    }
+    for seq in &plan.seqs {
+        for block in table(seq) {
+            if let Some(writer) = writers.get(block).filter(|writer| **writer != seq.slot) {
+                return Err(format!("{block:?} of {:?} is written by {writer:?}", seq.slot));
             }
         }
     }

@@ -103,8 +103,9 @@ impl KvSection {
         if self.block_tokens != 32 {
             return Err(not_yet("kv.block_tokens", self.block_tokens, "use 32"));
         }
-        if self.prefix_cache {
-            return Err(not_yet("kv.prefix_cache", true, "use `false`"));
+        if self.event_buffer > MOST_EVENTS {
+            let rule = format!("must be at most {MOST_EVENTS}");
+            return Err(broken("kv.event_buffer", Some(self.event_buffer.to_string()), &rule));
         }
         if let Some(fraction) = self.free_gpu_memory_fraction {
             let instead = "the pool of a CPU worker is `kv.pool`";
@@ -198,6 +199,9 @@ impl LogSection {
     }
 }
 
+/// Some 200 bytes each are reserved, more are used by long prompts.
+const MOST_EVENTS: u32 = 1 << 20;
+
 const LEVEL_RULE: &str =
     "must be error, warn, info, debug, trace or off, or a filter such as `info,target=debug`";
 
@@ -280,8 +284,7 @@ mod tests {
                 let Some(values) = values.as_table() else { continue };
                 assert!(text.contains(&format!("\n[{section}]")), "{section}");
                 for key in values.keys() {
-                    let is_named = text.contains(&format!("\n{key} = "));
-                    assert_eq!(is_named, key != "prefix_cache", "{section}.{key}");
+                    assert!(text.contains(&format!("\n{key} = ")), "{section}.{key}");
                 }
             }
         }
@@ -301,7 +304,6 @@ mod tests {
             ("[engine]\npipeline_parallel_size = 2", "engine.pipeline_parallel_size"),
             ("[engine]\ncpu_weights = \"q8_0\"", "engine.cpu_weights"),
             ("[engine]\ndevice = \"cuda:0\"", "engine.device"),
-            ("[kv]\nprefix_cache = true", "kv.prefix_cache"),
             ("[kv]\nblock_tokens = 64", "kv.block_tokens"),
             ("[kv]\nfree_gpu_memory_fraction = 0.9", "kv.free_gpu_memory_fraction"),
             ("[handover]\nnixl_backend = \"LIBFABRIC\"", "handover.nixl_backend"),
@@ -321,6 +323,7 @@ mod tests {
             ("[engine]\ndevice = \"tpu\"", "engine.device"),
             ("[engine]\nmax_sequences = 0", "engine.max_sequences"),
             ("[kv]\nmax_leased_fraction = 1.5", "kv.max_leased_fraction"),
+            ("[kv]\nevent_buffer = 2000000", "kv.event_buffer"),
             ("[handover]\nbackend = \"MPI\"", "handover.backend"),
             ("[handover]\npull_timeout = \"0s\"", "handover.pull_timeout"),
             ("[handover]\nadvertise = \"\"", "handover.advertise"),
@@ -342,6 +345,16 @@ mod tests {
             let text = format!("model = \"m\"\n[server]\nlisten = \"0.0.0.0:1\"\n[auth]\n{auth}");
             parse(&text).validate().unwrap();
         }
+    }
+
+    #[test]
+    fn the_prefix_cache_is_on_unless_it_is_switched_off() {
+        assert!(parse("").kv.prefix_cache && parse("[kv]\nprefix_cache = true").kv.prefix_cache);
+        parse("model = \"m\"\n[kv]\nprefix_cache = true").validate().unwrap();
+        assert!(!parse("[kv]\nprefix_cache = false").kv.prefix_cache);
+        assert!(toml::from_str::<WorkerConfig>("[kv]\nevent_hash = \"md5\"").is_err());
+        let short = parse("[kv]\nevent_hash = \"v2_sha256_64\"").kv.event_hash;
+        assert_eq!(short.as_str(), "v2_sha256_64");
     }
 
     #[test]

@@ -32,6 +32,8 @@ impl WorkerConfig {
             kv_max_tokens,
             free_gpu_memory_fraction,
             enable_block_reuse,
+            event_buffer,
+            event_hash,
             max_tokens_in_buffer,
             kv_transfer_timeout,
             internal_request_auth_key,
@@ -46,6 +48,10 @@ impl WorkerConfig {
         set(&mut config.engine.max_model_len, max_seq_len);
         set(&mut config.kv.block_tokens, tokens_per_block);
         set(&mut config.kv.max_tokens, kv_max_tokens);
+        let kv = &mut config.kv;
+        kv.prefix_cache = enable_block_reuse.unwrap_or(kv.prefix_cache);
+        kv.event_buffer = event_buffer.unwrap_or(kv.event_buffer);
+        kv.event_hash = event_hash.unwrap_or(kv.event_hash);
         if let Some(timeout) = kv_transfer_timeout {
             let handover = &mut config.handover;
             handover.lease_timeout = Seconds(timeout);
@@ -54,7 +60,6 @@ impl WorkerConfig {
         config.auth.internal_request_auth_key = internal_request_auth_key.map(Secret);
         for (is_set, key) in [
             (free_gpu_memory_fraction.is_some(), "kv_cache_config.free_gpu_memory_fraction"),
-            (enable_block_reuse == Some(true), "kv_cache_config.enable_block_reuse"),
             // Blocks go straight from pool to pool: there is no buffer to size.
             (max_tokens_in_buffer.is_some(), "cache_transceiver_config.max_tokens_in_buffer"),
         ] {
@@ -98,7 +103,7 @@ mod tests {
     fn sizes_times_and_the_key_are_taken_over() {
         let config = read(
             "max_batch_size: 8\nmax_num_tokens: 512\nmax_seq_len: 2048\ninternal_request_auth_key: sesame\n\
-             kv_cache_config: {max_tokens: 4096}\ncache_transceiver_config: {kv_transfer_timeout_ms: 1500}\n",
+             kv_cache_config: {max_tokens: 4096, enable_block_reuse: false, event_buffer_max_size: 0}\ncache_transceiver_config: {kv_transfer_timeout_ms: 1500}\n",
         );
         let engine = &config.engine;
         assert_eq!(
@@ -106,6 +111,7 @@ mod tests {
             (8, 512, 2048)
         );
         assert_eq!(config.kv.max_tokens, 4096);
+        assert_eq!((config.kv.prefix_cache, config.kv.event_buffer), (false, 0));
         assert_eq!(config.handover.lease_timeout, Seconds::millis(1500));
         assert_eq!(config.handover.pull_timeout, Seconds::millis(1500));
         assert!(config.auth.has_key());

@@ -8,7 +8,8 @@ use baton_shared::wire::error::ErrorCode;
 
 use super::output::{FinishReason, OutputEvent};
 use super::run::{Engine, tell_failure};
-use super::sequence::{Kind, SeqId, Sequence, Source};
+use super::sequence::{Kind, Sequence, Source};
+use super::sequences::SeqId;
 use super::{Command, Phase, QueuePlace, Submission};
 use crate::kv::lease::LeaseEnd;
 
@@ -71,9 +72,9 @@ impl Engine {
         if let Err((code, message)) = self.check(&submission) {
             return tell_failure(&submission.output, code, message);
         }
-        let deadline = Instant::now() + self.config.queue_timeout;
         let none = self.scheduler.pool.none();
-        let sequence = Sequence::new(submission, place, none, self.incarnation, deadline);
+        let (now, timeout) = (Instant::now(), self.config.queue_timeout);
+        let sequence = Sequence::new(submission, place, none, self.incarnation, now, timeout);
         if self.live.has(sequence.kind) {
             let message = "a request with this `disagg_request_id` is under way";
             return tell_failure(&sequence.output, ErrorCode::DuplicateRequest, message);
@@ -100,7 +101,7 @@ impl Engine {
     }
 
     fn check(&self, submission: &Submission) -> Result<(), (ErrorCode, String)> {
-        let Submission { prompt, stop, phase, sampling: _, output: _ } = submission;
+        let Submission { prompt, salt: _, stop, phase, sampling: _, output: _ } = submission;
         if self.is_draining {
             let message = "the engine takes no new requests".to_owned();
             return Err((ErrorCode::Unavailable, message));
@@ -173,7 +174,7 @@ impl Engine {
     fn sweep(&mut self) {
         let all = self.scheduler.sequences().iter();
         let closed = all.filter(|(_, sequence)| sequence.output.is_closed());
-        let closed: Vec<SeqId> = closed.map(|(id, _)| *id).collect();
+        let closed: Vec<SeqId> = closed.map(|(id, _)| id).collect();
         closed.into_iter().for_each(|id| drop(self.take_out(id)));
     }
 
@@ -195,7 +196,9 @@ impl Engine {
     pub(super) fn take_out(&mut self, id: SeqId) -> Option<Sequence> {
         let sequence = self.scheduler.remove(id)?;
         self.live.remove(sequence.kind);
-        if let Some(pull) = self.pulls.abandon(id) {
+        self.since.completed += 1;
+        if let Some((pull, found)) = self.pulls.abandon(id) {
+            drop(found);
             self.puller.cancel(pull);
         }
         Some(sequence)

@@ -2,7 +2,9 @@
 
 mod inbox;
 mod intake;
+pub mod iterations;
 pub mod output;
+mod pace;
 mod philox;
 mod publish;
 mod pulls;
@@ -10,23 +12,27 @@ mod run;
 pub mod sampling;
 mod scheduler;
 mod sequence;
+mod sequences;
 mod softmax;
 pub mod status;
 pub mod step;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use baton_shared::id::{DisaggRequestId, LeaseId};
+use baton_shared::kv::block_hash::{CacheSalt, EventHashAlgorithm};
 use baton_shared::kv::record::Record;
 use baton_shared::wire::error::ErrorCode;
 use tokio::sync::watch;
 
 use crate::handover::{MoverEvent, PullId, PullJob};
+use crate::kv::events::{EventLog, KvEvent};
 use inbox::Inbox;
+use iterations::{Iteration, IterationLog};
 use output::{OnClose, OutputSender};
 use sampling::SamplingParams;
 use status::{EngineStatus, StatusBoard};
@@ -38,6 +44,8 @@ pub use run::{EngineSeat, Parts};
 pub struct Submission {
     /// Token ids, at least one.
     pub prompt: Vec<u32>,
+    /// Only requests of the same salt share blocks of the prefix cache.
+    pub salt: Option<CacheSalt>,
     /// How tokens are chosen.
     pub sampling: SamplingParams,
     /// When the engine ends the sequence by itself.
@@ -95,6 +103,23 @@ pub struct EngineConfig {
     pub pull_timeout: Duration,
     /// How long a request may wait for blocks before it is answered `pool_exhausted`.
     pub queue_timeout: Duration,
+    /// Whether free blocks keep what they hold and are found by it.
+    pub prefix_cache: bool,
+    /// Events of the prefix cache that are kept for whoever asks; 0 = none.
+    pub event_buffer: usize,
+    /// How these name blocks.
+    pub event_hash: EventHashAlgorithm,
+    /// Sizes prefill chunks by time, within `max_batch_tokens`; `None` = by that alone.
+    pub pace: Option<StepPace>,
+}
+
+/// How long a step should take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepPace {
+    /// One with a prefill.
+    pub target: Duration,
+    /// A guess, to begin with, of what one token of a prompt takes.
+    pub row: Duration,
 }
 
 impl Default for EngineConfig {
@@ -108,6 +133,10 @@ impl Default for EngineConfig {
             lease_timeout: Duration::from_secs(60),
             pull_timeout: Duration::from_secs(10),
             queue_timeout: Duration::from_secs(5),
+            prefix_cache: true,
+            event_buffer: 0,
+            event_hash: EventHashAlgorithm::default(),
+            pace: None,
         }
     }
 }
@@ -167,7 +196,16 @@ struct Door {
     queued: Arc<AtomicUsize>,
     max_queue: usize,
     is_draining: AtomicBool,
+    /// Set when the thread starts, if there are any.
+    events: OnceLock<EventLog>,
+    iterations: IterationLog,
     end: watch::Sender<Option<EngineEnd>>,
+}
+
+impl Door {
+    fn waiting(&self) -> u32 {
+        u32::try_from(self.queued.load(Ordering::Acquire)).unwrap_or(u32::MAX)
+    }
 }
 
 /// A place among the waiting requests, given back on drop.
@@ -200,6 +238,8 @@ pub fn engine(config: EngineConfig) -> (EngineHandle, EngineSeat) {
         queued: Arc::new(AtomicUsize::new(0)),
         max_queue: config.max_queue,
         is_draining: AtomicBool::new(false),
+        events: OnceLock::new(),
+        iterations: IterationLog::default(),
         end: watch::Sender::new(None),
     });
     (EngineHandle { door: Arc::clone(&door) }, EngineSeat::new(door, config))
@@ -249,8 +289,19 @@ impl EngineHandle {
         EngineStatus {
             is_draining: self.door.is_draining.load(Ordering::Acquire),
             waiting: self.door.queued.load(Ordering::Acquire),
+            events_dropped: self.door.events.get().map_or(0, EventLog::dropped),
             ..self.door.board.read()
         }
+    }
+
+    /// What entered and left the prefix cache since the last call; each event is given out once.
+    pub fn take_events(&self) -> Vec<KvEvent> {
+        self.door.events.get().map(EventLog::take).unwrap_or_default()
+    }
+
+    /// What the last steps did; each is given out once.
+    pub fn take_iterations(&self) -> Vec<Iteration> {
+        self.door.iterations.take()
     }
 
     /// Waits for the thread's end.

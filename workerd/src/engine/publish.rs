@@ -1,49 +1,105 @@
 //! Steps out and tokens in: what each sample means to its request.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use baton_shared::id::DisaggRequestId;
 use baton_shared::kv::record::LeasedBlocks;
 use baton_shared::wire::error::ErrorCode;
 
+use super::iterations::Iteration;
 use super::output::{FinishReason, OutputEvent, TokenOut};
-use super::run::{Engine, Flight};
-use super::sequence::{Kind, SeqId};
+use super::run::Engine;
+use super::scheduler::PlannedStep;
+use super::sequence::Kind;
+use super::sequences::SeqId;
 use super::step::{Sampled, StepOut};
-use crate::backend::BackendError;
+use crate::backend::{BackendError, StepTicket};
 use crate::failpoint::{self, Point};
 use crate::handover::offer::{self, OfferedLease};
 use crate::kv::lease::LeaseEnd;
 use crate::kv::pool::Blocks;
 
+/// A step that was submitted and not collected.
+pub(super) struct Flight {
+    ticket: StepTicket,
+    step: PlannedStep,
+    begun: Instant,
+}
+
+/// What happened since the last step was collected.
+#[derive(Debug, Default)]
+pub(super) struct Since {
+    /// Requests admitted.
+    pub admitted: u32,
+    /// Time they had waited, together.
+    pub waited: Duration,
+    /// Requests that ended.
+    pub completed: u32,
+}
+
 impl Engine {
     /// Plans a step and gives it to the back end; false if there is nothing to compute.
     pub(super) fn submit(&mut self) -> Result<bool, BackendError> {
-        let Some(step) = self.scheduler.plan(&mut self.plan) else { return Ok(false) };
+        let mut step = self.spare_steps.pop().unwrap_or_default();
+        if !self.scheduler.plan(&mut self.plan, &mut step) {
+            self.spare_steps.push(step);
+            return Ok(false);
+        }
         failpoint::reach(Point::Step);
+        let begun = Instant::now();
         let ticket = self.backend.submit(&self.plan)?;
         self.totals.steps += 1;
         self.totals.prompt_computed += step.prompt_tokens;
-        self.flights.push_back(Flight { ticket, step });
+        self.flights.push_back(Flight { ticket, step, begun });
         Ok(true)
     }
 
     /// Waits for the oldest step and tells its tokens.
     pub(super) fn collect(&mut self) -> Result<(), BackendError> {
-        let Some(Flight { ticket, step }) = self.flights.pop_front() else { return Ok(()) };
+        let Some(Flight { ticket, step, begun }) = self.flights.pop_front() else { return Ok(()) };
         let mut out = std::mem::take(&mut self.out);
         self.backend.collect(ticket, &mut out)?;
-        if out.samples.len() != step.samplers.len() {
-            let (got, wanted) = (out.samples.len(), step.samplers.len());
+        let latency = begun.elapsed();
+        let wanted = step.samplers().count();
+        if out.samples.len() != wanted {
+            let got = out.samples.len();
             let message = format!("step {} gave {got} samples, not {wanted}", step.number);
             return Err(BackendError::Device(message));
         }
-        self.scheduler.collected(step.number);
-        for (id, sampled) in step.samplers.iter().zip(&out.samples) {
-            self.publish(*id, sampled, &out);
+        if let Some(pace) = &mut self.scheduler.pace {
+            pace.observe(step.work, latency);
+        }
+        self.scheduler.collected(&step);
+        for (id, sampled) in step.samplers().zip(&out.samples) {
+            self.publish(id, sampled, &out);
         }
         self.out = out;
+        self.remember(&step, latency);
+        self.spare_steps.push(step);
         Ok(())
+    }
+
+    fn remember(&mut self, step: &PlannedStep, latency: Duration) {
+        let Since { admitted, waited, completed } = std::mem::take(&mut self.since);
+        self.door.iterations.add(Iteration {
+            number: step.number,
+            at: SystemTime::now(),
+            latency,
+            admitted,
+            waited,
+            active: self.scheduler.running() as u32,
+            queued: self.door.waiting(),
+            completed,
+            contexts: step.prefills,
+            generations: step.parts.len() as u32 - step.prefills,
+            paused: step.preempted,
+            context_tokens: step.prompt_tokens,
+            blocks: self.scheduler.pool.counts(),
+            cache: self.scheduler.pool.cache_counts(),
+            missed: self.scheduler.missed_blocks,
+            max_sequences: self.scheduler.limits.max_sequences,
+            max_tokens: self.scheduler.limits.max_batch_tokens,
+        });
     }
 
     /// A sequence that left meanwhile does not want its token.
@@ -105,7 +161,7 @@ impl Engine {
         drop(self.take_out(id));
     }
 
-    fn tell(&mut self, id: SeqId, event: OutputEvent) -> bool {
+    pub(super) fn tell(&mut self, id: SeqId, event: OutputEvent) -> bool {
         self.scheduler.get_mut(id).is_some_and(|sequence| sequence.output.push(event))
     }
 }

@@ -1,7 +1,7 @@
 //! Generation passes on their way in: blocks that are fetched, and what the mover says of them.
 //!
 //! Target blocks belong to the pull, not to the sequence, and stay with it until the mover said that nothing can be
-//! written to them any more, whatever became of the sequence.
+//! written to them any more, whatever became of the sequence. What the prefix cache has of a prompt is not fetched.
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -12,7 +12,8 @@ use baton_shared::wire::error::ErrorCode;
 use super::Puller;
 use super::output::OutputEvent;
 use super::run::Engine;
-use super::sequence::{SeqId, Source};
+use super::sequence::Source;
+use super::sequences::SeqId;
 use crate::failpoint::{self, Point};
 use crate::handover::mover::MoverHandle;
 use crate::handover::{self, MoverEvent, PullId, PullJob};
@@ -30,8 +31,10 @@ pub(super) struct Pulls {
 struct Pull {
     /// Who waits; nobody if it was cancelled or answered.
     sequence: Option<SeqId>,
-    /// Of all tokens known; those of the prompt are written.
-    blocks: Blocks,
+    /// The beginning of the prompt, which the prefix cache had.
+    found: Blocks,
+    /// Of all other tokens known; those of the prompt are written.
+    target: Blocks,
 }
 
 impl Puller for MoverHandle {
@@ -45,11 +48,12 @@ impl Puller for MoverHandle {
 }
 
 impl Pulls {
-    /// Nobody waits for this sequence's pull any more; which that was.
-    pub(super) fn abandon(&mut self, id: SeqId) -> Option<PullId> {
+    /// Nobody waits for this sequence's pull any more; which that was, and what of it is free of it.
+    pub(super) fn abandon(&mut self, id: SeqId) -> Option<(PullId, Blocks)> {
         let (pull, entry) = self.running.iter_mut().find(|(_, pull)| pull.sequence == Some(id))?;
         entry.sequence = None;
-        Some(*pull)
+        let found = entry.found.split_off(0);
+        Some((*pull, found))
     }
 
     fn next_id(&mut self) -> PullId {
@@ -61,28 +65,34 @@ impl Pulls {
 impl Engine {
     /// Gives room to those who wait; false if nobody moved.
     pub(super) fn admit(&mut self, now: Instant) -> bool {
-        let admission = self.scheduler.admit(now);
+        let mut admission = std::mem::take(&mut self.admission);
+        self.scheduler.admit(now, &mut admission);
         let has_moved = !(admission.pulls.is_empty() && admission.overdue.is_empty());
-        for id in admission.started {
-            self.tell_start(id);
+        for (id, cached_tokens) in admission.started.drain(..) {
+            self.count_admission(id, now);
+            self.totals.prompt_prefix += u64::from(cached_tokens);
+            self.tell(id, OutputEvent::Started { cached_tokens });
         }
-        for (id, source) in admission.pulls {
+        for (id, source) in admission.pulls.drain(..) {
+            self.count_admission(id, now);
             match source {
                 Source::Local(record) => self.adopt(id, &record),
                 Source::Remote(record) => self.pull(id, &record, now),
             }
         }
-        for id in admission.overdue {
+        for id in admission.overdue.drain(..) {
             let waited = self.config.queue_timeout;
             let message = format!("no room in the KV pool for {waited:?}");
             self.fail(id, ErrorCode::PoolExhausted, message);
         }
+        self.admission = admission;
         has_moved
     }
 
-    fn tell_start(&mut self, id: SeqId) {
+    fn count_admission(&mut self, id: SeqId, now: Instant) {
         if let Some(sequence) = self.scheduler.get_mut(id) {
-            sequence.output.push(OutputEvent::Started { cached_tokens: 0 });
+            self.since.admitted += 1;
+            self.since.waited += now.saturating_duration_since(sequence.arrived);
         }
     }
 
@@ -96,17 +106,20 @@ impl Engine {
         };
         let more = self.scheduler.take_blocks(id);
         blocks.append(more);
-        self.arrive(id, blocks);
+        self.arrive(id, blocks, 0);
     }
 
+    /// Fetches what the prefix cache does not have. Even if it has all, the lease is read, so that it ends.
     fn pull(&mut self, id: SeqId, record: &Record, now: Instant) {
-        let mut blocks = self.scheduler.take_blocks(id);
+        let mut found = self.scheduler.take_blocks(id);
         let Some(leased) = &record.lease else {
             return self.fail(id, ErrorCode::KvStateInvalid, "the record has no lease");
         };
-        let written = record.prompt_tokens.div_ceil(self.kv.layout.block_tokens) as usize;
-        let target = &blocks.ids()[..written.min(blocks.ids().len())];
-        let ranks = match handover::pull::copy_runs(leased, &self.kv, 0, target) {
+        let skip = self.scheduler.get_mut(id).map_or(0, |sequence| sequence.found);
+        let mut target = found.split_off(skip);
+        let written = record.prompt_tokens.div_ceil(self.kv.layout.block_tokens) - skip;
+        let written = &target.ids()[..target.ids().len().min(written as usize)];
+        let ranks = match handover::pull::copy_runs(leased, &self.kv, skip as usize, written) {
             Ok(ranks) => ranks,
             Err(error) => {
                 return self.fail(id, ErrorCode::KvIncompatible, error.to_string());
@@ -121,11 +134,11 @@ impl Engine {
             deadline: now + self.config.pull_timeout,
         };
         let pull = job.id;
-        blocks.become_state(BlockState::InFlight);
+        target.become_state(BlockState::InFlight);
         if self.puller.pull(job).is_err() {
             return self.fail(id, ErrorCode::PoolExhausted, "too many pulls are under way");
         }
-        self.pulls.running.insert(pull, Pull { sequence: Some(id), blocks });
+        self.pulls.running.insert(pull, Pull { sequence: Some(id), found, target });
     }
 
     /// What the mover says.
@@ -136,13 +149,16 @@ impl Engine {
                 self.totals.pulled_bytes += bytes;
                 self.totals.pulled_descriptors += descriptors;
                 self.totals.pulled_time += elapsed;
-                let Some(Pull { sequence, mut blocks }) = self.pulls.running.remove(&id) else {
+                let Some(Pull { sequence, found: mut blocks, target }) =
+                    self.pulls.running.remove(&id)
+                else {
                     return;
                 };
-                blocks.become_state(BlockState::Used);
+                let found = blocks.count();
+                blocks.append(target);
                 failpoint::reach(Point::GenerationPulled);
                 if let Some(id) = sequence {
-                    self.arrive(id, blocks);
+                    self.arrive(id, blocks, found);
                 }
             }
             MoverEvent::PullFailed { id, code, message, settled } => {
@@ -162,7 +178,8 @@ impl Engine {
         if is_settled {
             self.pulls.running.remove(&id);
         } else {
-            pull.blocks.become_state(BlockState::Quarantined);
+            drop(pull.found.split_off(0));
+            pull.target.become_state(BlockState::Quarantined);
         }
         // What its client had left already did not fail for anybody.
         if let Some(id) = sequence {
@@ -171,11 +188,13 @@ impl Engine {
         }
     }
 
-    /// The sequence's blocks are there: it may run.
-    fn arrive(&mut self, id: SeqId, blocks: Blocks) {
+    /// The sequence's blocks are there, the first `found` from the prefix cache: it may run.
+    fn arrive(&mut self, id: SeqId, blocks: Blocks, found: u32) {
         let Some(sequence) = self.scheduler.get_mut(id) else { return };
-        sequence.output.push(OutputEvent::Started { cached_tokens: 0 });
-        self.totals.prompt_pulled += u64::from(sequence.prompt_len);
+        let cached_tokens = found * self.kv.layout.block_tokens;
+        sequence.output.push(OutputEvent::Started { cached_tokens });
+        self.totals.prompt_prefix += u64::from(cached_tokens);
+        self.totals.prompt_pulled += u64::from(sequence.prompt_len - cached_tokens);
         self.scheduler.ready(id, blocks);
     }
 }

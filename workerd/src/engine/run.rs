@@ -15,16 +15,20 @@ use baton_shared::wire::error::ErrorCode;
 
 use super::intake::LiveRequests;
 use super::output::{OutputEvent, OutputSender};
+use super::pace::Pace;
+use super::publish::{Flight, Since};
 use super::pulls::Pulls;
-use super::scheduler::{Limits, PlannedStep, Scheduler};
+use super::scheduler::{Admission, Limits, PlannedStep, Scheduler};
 use super::status::Totals;
 use super::step::{StepOut, StepPlan};
 use super::{Command, Door, EngineConfig, EngineEnd, Puller};
-use crate::backend::{Backend, BackendError, StepTicket};
+use crate::backend::{Backend, BackendError};
 use crate::failpoint;
 use crate::handover::PeerAddress;
+use crate::kv::events::EventLog;
 use crate::kv::lease::LeaseTable;
-use crate::kv::pool::{BlockPool, OnFree};
+use crate::kv::pool::{BlockPool, OnLost};
+use crate::kv::prefix::PrefixCache;
 use crate::kv::region::{EpochPage, KvRegion};
 
 /// An idle engine looks up this often.
@@ -120,8 +124,13 @@ pub(super) struct Engine {
     pub pulls: Pulls,
     pub flights: VecDeque<Flight>,
     pub totals: Totals,
+    pub since: Since,
     pub plan: StepPlan,
     pub out: StepOut,
+    /// Memory that is used again.
+    pub admission: Admission,
+    /// Memory that is used again.
+    pub spare_steps: Vec<PlannedStep>,
     pub is_draining: bool,
     pub is_mover_lost: bool,
 }
@@ -135,30 +144,28 @@ enum Failure {
     Mover,
 }
 
-/// A step that was submitted and not collected.
-pub(super) struct Flight {
-    pub ticket: StepTicket,
-    pub step: PlannedStep,
-}
-
 impl Engine {
     fn new(door: Arc<Door>, config: EngineConfig, parts: Parts) -> Self {
         let Parts { backend, epochs, serve, incarnation, puller } = parts;
         let kv = backend.pool().clone();
         let limits = limits(&config, &*backend, epochs.slots());
-        let pool = BlockPool::new(kv.layout.blocks);
+        let pool = BlockPool::with_cache(kv.layout.blocks, prefix_cache(&door, &config, &kv));
         if failpoint::is_enabled() {
-            pool.on_free(overwrite(&kv));
+            pool.on_lost(overwrite(&kv));
         }
+        let pace = config.pace.map(|pace| Pace::new(pace.target, pace.row));
         Self {
-            scheduler: Scheduler::new(limits, pool),
+            scheduler: Scheduler::new(limits, pool, pace),
             leases: LeaseTable::new(epochs),
             live: LiveRequests::default(),
             pulls: Pulls::default(),
             flights: VecDeque::new(),
             totals: Totals::default(),
+            since: Since::default(),
             plan: StepPlan::default(),
             out: StepOut::default(),
+            admission: Admission::default(),
+            spare_steps: Vec::new(),
             is_draining: false,
             is_mover_lost: false,
             door,
@@ -226,21 +233,37 @@ impl Engine {
             status.leases = self.leases.count();
             status.tombstones = self.leases.tombstones();
             status.blocks = self.scheduler.pool.counts();
+            status.cache = self.scheduler.pool.cache_counts();
             status.totals.clone_from(&self.totals);
         });
     }
 
     /// Tells everybody that the engine failed; nobody is left after a drain.
     fn answer_all(&mut self) {
-        for sequence in self.scheduler.sequences().values() {
+        for (_, sequence) in self.scheduler.sequences().iter() {
             let message = "the engine failed and gave the request up";
             tell_failure(&sequence.output, ErrorCode::Internal, message);
         }
     }
 }
 
-/// Fills freed blocks with what is no number: whoever reads one too late cannot mistake it for the real thing.
-fn overwrite(kv: &KvRegion) -> OnFree {
+/// The prefix cache that the configuration wants, and the events of it.
+fn prefix_cache(door: &Door, config: &EngineConfig, kv: &KvRegion) -> Option<PrefixCache> {
+    let (blocks, block_tokens) = (kv.layout.blocks, kv.layout.block_tokens);
+    if !config.prefix_cache {
+        return None;
+    }
+    let events = (config.event_buffer > 0)
+        .then(|| EventLog::new(config.event_buffer, block_tokens, config.event_hash));
+    if let Some(events) = &events {
+        door.events.get_or_init(|| events.clone());
+    }
+    Some(PrefixCache::new(blocks, block_tokens, rand::random(), events))
+}
+
+/// Fills blocks that lost their content with what is no number: whoever reads one too late cannot mistake it for the
+/// real thing. (Free blocks of the prefix cache keep theirs until they are used for something else.)
+fn overwrite(kv: &KvRegion) -> OnLost {
     let bytes = usize::try_from(kv.layout.block_bytes()).expect("a block fits into memory");
     let (region, nothing) = (kv.region.clone(), vec![0xff; bytes]);
     Box::new(move |block| region.write(block.0 as usize * bytes, &nothing))

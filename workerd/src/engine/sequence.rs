@@ -2,8 +2,7 @@
 //!
 //! Always: `computed + 1 <= tokens + pending` once it runs, and its blocks cover every computed position.
 
-use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use baton_shared::id::{DisaggRequestId, Incarnation};
 use baton_shared::kv::record::Record;
@@ -13,13 +12,7 @@ use super::sampling::SamplingParams;
 use super::step::Slot;
 use super::{Phase, QueuePlace, StopRule, Submission};
 use crate::kv::pool::Blocks;
-
-/// Names a sequence, in order of arrival.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SeqId(pub u64);
-
-/// All sequences, oldest first.
-pub(super) type Sequences = BTreeMap<SeqId, Sequence>;
+use crate::kv::prefix::Chain;
 
 /// What the sequence is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,8 +64,14 @@ pub(super) struct Sequence {
     /// Positions below this are prompt (or lost by a preemption) when they are computed.
     pub prefill_end: u32,
     pub blocks: Blocks,
+    /// How many of them the prefix cache had when it was admitted.
+    pub found: u32,
+    /// How far its full blocks were named for the prefix cache.
+    pub chain: Chain,
     /// Whether the back end has been told of the slot.
     pub is_open: bool,
+    /// The first step it can take part in since it got its slot.
+    pub first_step: u64,
     /// The newest step it takes part in.
     pub last_step: u64,
     pub sampling: SamplingParams,
@@ -80,6 +79,7 @@ pub(super) struct Sequence {
     pub output: OutputSender,
     /// Until it is first admitted.
     pub queued: Option<QueuePlace>,
+    pub arrived: Instant,
     /// Past this it does not wait for blocks any longer; never once it was admitted.
     pub deadline: Option<Instant>,
 }
@@ -90,9 +90,10 @@ impl Sequence {
         queued: QueuePlace,
         blocks: Blocks,
         own: Incarnation,
-        deadline: Instant,
+        arrived: Instant,
+        queue_timeout: Duration,
     ) -> Self {
-        let Submission { prompt: mut tokens, sampling, stop, phase, output } = submission;
+        let Submission { prompt: mut tokens, salt, sampling, stop, phase, output } = submission;
         let prompt_len = tokens.len() as u32;
         let (kind, source) = match phase {
             Phase::Whole => (Kind::Whole, None),
@@ -107,7 +108,7 @@ impl Sequence {
         let deadline = match kind {
             // Nothing else could serve it sooner: it waits for its turn.
             Kind::Whole => None,
-            Kind::Context(_) | Kind::Generation(_) => Some(deadline),
+            Kind::Context(_) | Kind::Generation(_) => Some(arrived + queue_timeout),
         };
         Self {
             kind,
@@ -119,12 +120,16 @@ impl Sequence {
             pending: 0,
             prefill_end: prompt_len,
             blocks,
+            found: 0,
+            chain: Chain::new(salt),
             is_open: false,
+            first_step: 0,
             last_step: 0,
             sampling,
             stop,
             output,
             queued: Some(queued),
+            arrived,
             deadline,
         }
     }
@@ -146,11 +151,16 @@ impl Sequence {
 
     /// Whether one more token may be sampled, whatever the pending ones turn out to be.
     pub(super) fn wants_sample(&self, max_len: u32) -> bool {
+        self.len() < self.longest(max_len)
+    }
+
+    /// Tokens it can have at most, prompt and output together.
+    pub(super) fn longest(&self, max_len: u32) -> u32 {
         let max_tokens = match self.kind {
             Kind::Context(_) => 1,
             Kind::Whole | Kind::Generation(_) => self.stop.max_tokens,
         };
-        self.len() - self.prompt_len < max_tokens && self.len() < max_len
+        self.prompt_len.saturating_add(max_tokens).min(max_len)
     }
 
     /// Why the text ends with the newest token, if it does.
@@ -163,6 +173,16 @@ impl Sequence {
         let is_full = generated.len() >= self.stop.max_tokens as usize
             || self.tokens.len() >= max_len as usize;
         is_full.then_some(FinishReason::Length)
+    }
+
+    /// Full blocks that may be taken from the prefix cache instead of being computed or fetched. The last token known
+    /// must be computed, unless what follows it is known.
+    pub(super) fn reusable_blocks(&self, block_tokens: u32) -> u32 {
+        match self.source {
+            None => (self.len() - 1) / block_tokens,
+            Some(Source::Remote(_)) => self.prompt_len / block_tokens,
+            Some(Source::Local(_)) => 0,
+        }
     }
 
     /// Blocks it must get to be admitted: for all tokens known, less those that a lease of our own brings.

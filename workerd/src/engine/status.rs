@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use baton_shared::wire::error::ErrorCode;
 
 use crate::kv::lease::LeaseEnds;
-use crate::kv::pool::BlockCounts;
+use crate::kv::pool::{BlockCounts, CacheCounts};
 
 /// Gauges and counters since start, as of the last step.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -29,6 +29,10 @@ pub struct EngineStatus {
     pub tombstones: usize,
     /// Blocks by state.
     pub blocks: BlockCounts,
+    /// The prefix cache.
+    pub cache: CacheCounts,
+    /// Events of the prefix cache that were dropped because nobody took them.
+    pub events_dropped: u64,
     /// Counters.
     pub totals: Totals,
 }

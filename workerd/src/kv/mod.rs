@@ -1,5 +1,8 @@
-//! Whose blocks: the pool's memory, its block states, leases for peers.
+//! Whose blocks: the pool's memory, its block states, what free blocks still hold, leases for peers.
 
+pub mod events;
+mod free_list;
 pub mod lease;
 pub mod pool;
+pub mod prefix;
 pub mod region;

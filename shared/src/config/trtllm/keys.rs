@@ -227,6 +227,8 @@ const CACHE_TRANSCEIVER: &[Row] = &[
 
 const KV_CACHE: &[Row] = &[
     ("enable_block_reuse", Mapped),
+    ("event_buffer_max_size", Mapped),
+    ("kv_cache_event_hash_algo", Mapped),
     ("free_gpu_memory_fraction", Mapped),
     ("max_tokens", Mapped),
     ("tokens_per_block", Mapped),
@@ -246,10 +248,8 @@ const KV_CACHE: &[Row] = &[
     ("enable_kv_pool_rebalance", NoEffect),
     ("enable_partial_reuse", NoEffect),
     ("enable_swa_scratch_reuse", NoEffect),
-    ("event_buffer_max_size", NoEffect),
     ("fp8_context_mla_kv_len_cap", NoEffect),
     ("iteration_stats_interval", NoEffect),
-    ("kv_cache_event_hash_algo", NoEffect),
     ("mamba_ssm_cache_dtype", NoEffect),
     ("mamba_ssm_philox_rounds", NoEffect),
     ("mamba_ssm_stochastic_rounding", NoEffect),

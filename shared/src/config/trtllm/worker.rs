@@ -9,6 +9,7 @@ use super::keys::{self, WORKER};
 use crate::config::document::join;
 use crate::config::yaml::Yaml;
 use crate::config::{ConfigError, Document, read_text};
+use crate::kv::block_hash::EventHashAlgorithm;
 
 /// What a worker YAML sets; `None` = left out.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -29,6 +30,10 @@ pub struct WorkerSettings {
     pub free_gpu_memory_fraction: Option<f64>,
     /// Whether prompts share cached prefixes.
     pub enable_block_reuse: Option<bool>,
+    /// Most events of the prefix cache that wait for `/kv_cache_events`.
+    pub event_buffer: Option<u32>,
+    /// How they name blocks.
+    pub event_hash: Option<EventHashAlgorithm>,
     /// Bound on tokens in flight between workers.
     pub max_tokens_in_buffer: Option<NonZeroU32>,
     /// How long a context worker keeps blocks for their reader.
@@ -70,6 +75,10 @@ impl WorkerSettings {
             free_gpu_memory_fraction: file
                 .fraction(&at("kv_cache_config.free_gpu_memory_fraction"))?,
             enable_block_reuse: file.flag(&at("kv_cache_config.enable_block_reuse"))?,
+            event_buffer: file
+                .whole(&at("kv_cache_config.event_buffer_max_size"), 0..=1 << 20)?
+                .and_then(|events| u32::try_from(events).ok()),
+            event_hash: event_hash(file, &at("kv_cache_config.kv_cache_event_hash_algo"))?,
             max_tokens_in_buffer: file
                 .count(&at("cache_transceiver_config.max_tokens_in_buffer"))?,
             kv_transfer_timeout: timeout
@@ -94,6 +103,8 @@ impl WorkerSettings {
                 .free_gpu_memory_fraction
                 .or(other.free_gpu_memory_fraction),
             enable_block_reuse: self.enable_block_reuse.or(other.enable_block_reuse),
+            event_buffer: self.event_buffer.or(other.event_buffer),
+            event_hash: self.event_hash.or(other.event_hash),
             max_tokens_in_buffer: self.max_tokens_in_buffer.or(other.max_tokens_in_buffer),
             kv_transfer_timeout: self.kv_transfer_timeout.or(other.kv_transfer_timeout),
             internal_request_auth_key: self
@@ -121,6 +132,22 @@ fn check_backend(file: &Yaml, key: &str) -> Result<(), ConfigError> {
     Err(file.document.error(key, rule))
 }
 
+/// `auto` is the default.
+fn event_hash(file: &Yaml, key: &str) -> Result<Option<EventHashAlgorithm>, ConfigError> {
+    let Some(name) = file.text(key)? else { return Ok(None) };
+    let known = [
+        EventHashAlgorithm::V1BlockKey,
+        EventHashAlgorithm::V2Sha256,
+        EventHashAlgorithm::V2Sha256Short,
+    ];
+    if name == "auto" {
+        return Ok(None);
+    }
+    let named = known.into_iter().find(|algorithm| algorithm.as_str() == name);
+    let rule = "must be `auto`, `v1_block_key`, `v2_sha256` or `v2_sha256_64`";
+    named.map(Some).ok_or_else(|| file.document.error(key, rule))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -139,7 +166,7 @@ mod tests {
         let settings = read(
             "max_batch_size: 8\nmax_num_tokens: 512\nmax_seq_len: 2048\n\
              cache_transceiver_config:\n  backend: nixl\n  max_tokens_in_buffer: 2048\n  kv_transfer_timeout_ms: 1500\n\
-             kv_cache_config: {enable_block_reuse: false, max_tokens: 4096, tokens_per_block: 32, free_gpu_memory_fraction: 0.9}\n\
+             kv_cache_config: {enable_block_reuse: false, event_buffer_max_size: 64, kv_cache_event_hash_algo: v2_sha256, max_tokens: 4096, tokens_per_block: 32, free_gpu_memory_fraction: 0.9}\n\
              tensor_parallel_size: 1\ncuda_graph_config:\n  batch_sizes: [1, 2]\ndisable_overlap_scheduler: True\n",
         )
         .unwrap();
@@ -148,6 +175,8 @@ mod tests {
         assert_eq!(settings.max_tokens_in_buffer, NonZeroU32::new(2048));
         assert_eq!(settings.kv_transfer_timeout, Some(Duration::from_millis(1500)));
         assert_eq!(settings.enable_block_reuse, Some(false));
+        assert_eq!(settings.event_buffer, Some(64));
+        assert_eq!(settings.event_hash, Some(EventHashAlgorithm::V2Sha256));
         assert_eq!(settings.free_gpu_memory_fraction, Some(0.9));
         let without = ["tensor_parallel_size", "cuda_graph_config", "disable_overlap_scheduler"];
         assert_eq!(settings.without_effect, without);
@@ -176,6 +205,10 @@ mod tests {
             (
                 "max_batch_size: 0\n",
                 "w.yaml:1: `max_batch_size` = `0`: must be a whole number from 1 to 4294967295",
+            ),
+            (
+                "kv_cache_config:\n  kv_cache_event_hash_algo: md5\n",
+                "w.yaml:2: `kv_cache_config.kv_cache_event_hash_algo` = `md5`: must be `auto`, `v1_block_key`, `v2_sha256` or `v2_sha256_64`",
             ),
             ("kv_cache_config: 5\n", "w.yaml:1: `kv_cache_config` = `5`: must be a map of keys"),
             (

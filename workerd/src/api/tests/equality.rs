@@ -25,6 +25,13 @@ fn request(path: &str, more: &Value) -> Value {
     with(body, more.clone())
 }
 
+/// Token counts, but for what the prefix cache had: that depends on what was asked before.
+fn counts(usage: &Value) -> Value {
+    let mut usage = usage.clone();
+    usage["prompt_tokens_details"]["cached_tokens"].take();
+    usage
+}
+
 /// The parts of a whole answer, or of a stream's chunks put together.
 fn outcome(choices: &[&Value], usage: &Value) -> Outcome {
     let mut all = Outcome {
@@ -32,7 +39,7 @@ fn outcome(choices: &[&Value], usage: &Value) -> Outcome {
         finish: Value::Null,
         stop: Value::Null,
         logprobs: Vec::new(),
-        usage: usage.clone(),
+        usage: counts(usage),
     };
     for choice in choices {
         assert!(all.finish.is_null(), "nothing follows the end: {choice}");
@@ -209,4 +216,89 @@ async fn a_context_answer_has_what_a_router_needs() {
     assert!(answer["prompt_token_ids_b64"].is_string() && answer.get("prompt_token_ids").is_none());
     let minted = answer["choices"][0]["disaggregated_params"]["disagg_request_id"].as_u64();
     assert!(minted.unwrap() >= 1 << 40);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn usage_says_what_the_prefix_cache_had_and_salts_share_nothing() {
+    let net = LocalNet::new();
+    let (from, to) = (Running::start(&net).await, Running::start(&net).await);
+    let prompt = "0123456789abcdefghij0123456789";
+    let ask = |more: Value| with(completion(json!({"prompt": prompt, "max_tokens": 4})), more);
+    let cached = |answer: &Value| answer["usage"]["prompt_tokens_details"]["cached_tokens"].clone();
+    let mut id = 1 << 43;
+    for salt in [Value::Null, json!("a"), json!("b")] {
+        let request = ask(json!({"cache_salt": salt}));
+        let first = from.post(PATHS[0], &request).await.json();
+        let again = from.post(PATHS[0], &request).await.json();
+        // All full blocks of four but that of the last token.
+        assert_eq!((cached(&first), cached(&again)), (json!(0), json!(28)), "{salt}");
+        assert_eq!(first["choices"], again["choices"]);
+        id += 1;
+        let context = from.post(PATHS[0], &super::context(&request, id)).await.json();
+        assert_eq!(cached(&context), json!(28));
+        // What the client is told is what the context worker found.
+        let answer = to.post(PATHS[0], &follow_up(&request, &context)).await.json();
+        assert_eq!((cached(&answer), &answer["choices"]), (json!(28), &first["choices"]));
+    }
+    let pulled = to.worker.engine.status().totals;
+    assert_eq!((pulled.prompt_pulled, pulled.prompt_prefix), (90, 0));
+    // The generation worker has the beginning now: only the rest is fetched.
+    let longer = ask(json!({"prompt": format!("{prompt}klm")}));
+    let one = from.post(PATHS[0], &longer).await.json();
+    let context = from.post(PATHS[0], &super::context(&longer, id + 1)).await.json();
+    let two = to.post(PATHS[0], &follow_up(&longer, &context)).await.json();
+    assert_eq!(one["choices"], two["choices"]);
+    let after = to.worker.engine.status().totals;
+    assert_eq!((after.prompt_pulled - 90, after.prompt_prefix), (5, 28));
+    let block = to.worker.limits.block_tokens;
+    let bytes = (after.pulled_bytes - pulled.pulled_bytes) / (pulled.pulled_bytes / 24);
+    assert_eq!(bytes, 2, "of nine blocks of {block}");
+    let error = from.post(PATHS[0], &ask(json!({"cache_salt": " "}))).await;
+    assert_eq!((error.status, error.json()["error"]["param"].clone()), (400, json!("cache_salt")));
+    // A record of one salt is no record of another.
+    let context =
+        from.post(PATHS[0], &super::context(&ask(json!({"cache_salt": "a"})), id + 2)).await;
+    let stolen = follow_up(&ask(json!({"cache_salt": "b"})), &context.json());
+    assert_eq!(to.post(PATHS[0], &stolen).await.json()["error"]["code"], "kv_state_invalid");
+    from.worker.engine.release(baton_shared::id::DisaggRequestId(id + 2));
+    from.until_all_free().await;
+    to.until_all_free().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_enters_the_prefix_cache_and_what_steps_did_can_be_asked_for_once() {
+    let worker = Running::start(&LocalNet::new()).await;
+    let request = completion(json!({"prompt": "0123456789", "max_tokens": 3, "temperature": 0}));
+    worker.post(PATHS[0], &request).await;
+    worker.until_all_free().await;
+    let events = worker.send("POST", "/kv_cache_events", Vec::new(), &[]).await.json();
+    let kinds: Vec<_> = events.as_array().unwrap().iter().map(|event| &event["data"]).collect();
+    assert_eq!(kinds[0]["type"], "created");
+    assert_eq!(kinds[0]["num_blocks_per_cache_level"], json!([BLOCKS, 0]));
+    let stored: Vec<u64> = kinds[1..]
+        .iter()
+        .flat_map(|data| data["blocks"].as_array().unwrap())
+        .flat_map(|block| block["tokens"].as_array().unwrap())
+        .map(|token| token["token_id"].as_u64().unwrap())
+        .collect();
+    // Two blocks of the prompt, and one it fills with the answer.
+    assert_eq!(stored[..10], b"0123456789".map(u64::from));
+    assert_eq!(stored.len(), 12);
+    assert_eq!(worker.get("/kv_cache_events").await.json(), json!([]));
+    let steps = worker.get("/metrics").await.json();
+    let steps = steps.as_array().unwrap().clone();
+    assert_eq!(steps.len(), 3, "{steps:?}");
+    let [prefill, decode, _] = &steps[..] else { panic!("three steps") };
+    let (first, second) = (&prefill["inflightBatchingStats"], &decode["inflightBatchingStats"]);
+    assert_eq!((&first["numContextRequests"], &first["numCtxTokens"]), (&json!(1), &json!(10)));
+    assert_eq!((&second["numContextRequests"], &second["numGenRequests"]), (&json!(0), &json!(1)));
+    assert_eq!((&prefill["numNewActiveRequests"], &prefill["iter"]), (&json!(1), &json!(1)));
+    assert_eq!(prefill["kvCacheStats"]["missedBlocks"], 2);
+    assert_eq!(worker.get("/metrics").await.json(), json!([]));
+    // Asked again, the same blocks are found: nothing enters.
+    worker.post(PATHS[0], &request).await;
+    let steps = worker.get("/metrics").await.json();
+    assert_eq!(steps[0]["kvCacheStats"]["reusedBlocks"], 2);
+    assert_eq!(steps[0]["inflightBatchingStats"]["numCtxTokens"], 2);
+    assert_eq!(worker.get("/kv_cache_events").await.json(), json!([]));
 }

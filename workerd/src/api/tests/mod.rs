@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_shared::id::{IdMint, Incarnation, WorkerId};
+use baton_shared::kv::block_hash::EventHashAlgorithm;
 use baton_shared::role::Role;
 use baton_shared::wire::auth::Keys;
 use bytes::Bytes;
@@ -22,7 +23,6 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::fake_texts::{EOS, FakeTexts};
-use super::info::IterationStats;
 use super::server;
 use super::worker::{Limits, Worker};
 use crate::backend::Caps;
@@ -87,7 +87,8 @@ struct Shape {
 
 impl Default for Shape {
     fn default() -> Self {
-        let engine = EngineConfig { max_leased_fraction: 0.5, ..EngineConfig::default() };
+        let default = EngineConfig::default();
+        let engine = EngineConfig { max_leased_fraction: 0.5, event_buffer: 64, ..default };
         Self { engine, keys: Keys::none(), fingerprint: [1; 32] }
     }
 }
@@ -138,7 +139,7 @@ impl Running {
             mover,
             mint: IdMint::new(1, 1),
             started: 7,
-            iterations: IterationStats::default(),
+            event_hash: EventHashAlgorithm::default(),
         });
         let (shutdown, stopping) = oneshot::channel();
         let served = server::run(listener, Arc::clone(&worker), PATIENCE, async {

@@ -1,13 +1,18 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use baton_shared::id::{DisaggRequestId, Incarnation};
+use baton_shared::id::{DisaggRequestId, Incarnation, WorkerId};
+use baton_shared::kv::block_hash::CacheSalt;
+use baton_shared::kv::record::Record;
 
 use super::super::output;
 use super::super::sampling::SamplingParams;
+use super::super::sequence::Source;
+use super::super::step::{Input, StepPlan};
 use super::super::{Phase, QueuePlace, StopRule, Submission};
 use super::*;
+use crate::kv::prefix::PrefixCache;
 
 const LIMITS: Limits = Limits {
     max_sequences: 4,
@@ -24,20 +29,43 @@ type Part = (u32, u32, bool);
 struct Bench {
     scheduler: Scheduler,
     plan: StepPlan,
+    admission: Admission,
     now: Instant,
+    /// Begins each prompt, so that none is like another.
+    next_token: u32,
 }
 
 impl Bench {
     fn new(limits: Limits, blocks: u32) -> Self {
-        let scheduler = Scheduler::new(limits, BlockPool::new(blocks));
-        Self { scheduler, plan: StepPlan::default(), now: Instant::now() }
+        let cache = PrefixCache::new(blocks, limits.block_tokens, 1, None);
+        let pool = BlockPool::with_cache(blocks, Some(cache));
+        Self {
+            scheduler: Scheduler::new(limits, pool, None),
+            plan: StepPlan::default(),
+            admission: Admission::default(),
+            now: Instant::now(),
+            next_token: 0,
+        }
     }
 
     fn add(&mut self, prompt_len: u32, max_tokens: u32, phase: Phase) -> SeqId {
+        self.next_token += 1_000;
+        let prompt = (self.next_token..).take(prompt_len as usize).collect();
+        self.ask(prompt, None, max_tokens, phase)
+    }
+
+    fn ask(
+        &mut self,
+        prompt: Vec<u32>,
+        salt: Option<&str>,
+        max_tokens: u32,
+        phase: Phase,
+    ) -> SeqId {
         // Nothing here listens: the scheduler does not speak.
         let (output, _) = output::channel(1);
         let submission = Submission {
-            prompt: vec![0; prompt_len as usize],
+            prompt,
+            salt: salt.map(CacheSalt::of),
             sampling: SamplingParams::greedy(),
             stop: StopRule { max_tokens, stop_ids: Vec::new() },
             phase,
@@ -45,13 +73,18 @@ impl Bench {
         };
         let place = QueuePlace::take(&Arc::new(AtomicUsize::new(0)), 1).unwrap();
         let none = self.scheduler.pool.none();
-        let deadline = self.now + Duration::from_secs(5);
+        let timeout = Duration::from_secs(5);
         let own = Incarnation([0; 16]);
-        self.scheduler.enqueue(Sequence::new(submission, place, none, own, deadline))
+        self.scheduler.enqueue(Sequence::new(submission, place, none, own, self.now, timeout))
     }
 
     fn whole(&mut self, prompt_len: u32) -> SeqId {
         self.add(prompt_len, 100, Phase::Whole)
+    }
+
+    /// Of a prompt that others share.
+    fn known(&mut self, prompt: &[u32]) -> SeqId {
+        self.ask(prompt.to_vec(), None, 100, Phase::Whole)
     }
 
     fn context(&mut self, prompt_len: u32, request: u64) -> SeqId {
@@ -59,19 +92,28 @@ impl Bench {
     }
 
     fn admit(&mut self) -> Vec<SeqId> {
-        self.scheduler.admit(self.now).started
+        self.scheduler.admit(self.now, &mut self.admission);
+        self.admission.started.iter().map(|(id, _)| *id).collect()
+    }
+
+    fn overdue(&mut self) -> Vec<SeqId> {
+        self.scheduler.admit(self.now, &mut self.admission);
+        self.admission.overdue.clone()
     }
 
     fn plan(&mut self) -> Option<(PlannedStep, Vec<Part>)> {
-        let step = self.scheduler.plan(&mut self.plan)?;
+        let mut step = PlannedStep::default();
+        if !self.scheduler.plan(&mut self.plan, &mut step) {
+            return None;
+        }
         let seqs = self.plan.seqs.iter();
         Some((step, seqs.map(|seq| (seq.start, seq.input.len(), seq.sample)).collect()))
     }
 
     fn collect(&mut self, step: &PlannedStep) {
-        self.scheduler.collected(step.number);
-        for id in &step.samplers {
-            if let Some(sequence) = self.scheduler.get_mut(*id) {
+        self.scheduler.collected(step);
+        for id in step.samplers() {
+            if let Some(sequence) = self.scheduler.get_mut(id) {
                 sequence.pending -= 1;
                 sequence.tokens.push(7);
             }
@@ -85,7 +127,21 @@ impl Bench {
     }
 
     fn place(&self, id: SeqId) -> Place {
-        self.scheduler.sequences()[&id].place
+        self.sequence(id).place
+    }
+
+    fn sequence(&self, id: SeqId) -> &Sequence {
+        self.scheduler.sequences().get(id).unwrap()
+    }
+
+    /// Runs one to its first token and takes it out: its full blocks are free and can be found.
+    fn remember(&mut self, prompt: &[u32]) {
+        let id = self.known(prompt);
+        assert_eq!(self.admit(), [id]);
+        while self.sequence(id).computed < prompt.len() as u32 {
+            self.step();
+        }
+        self.scheduler.remove(id);
     }
 }
 
@@ -159,9 +215,9 @@ fn no_more_run_than_there_are_slots() {
     assert_eq!(bench.admit(), all[..4]);
     bench.scheduler.remove(all[1]);
     assert_eq!(bench.admit(), all[4..5]);
-    let slots: BTreeSet<Slot> = all
+    let slots: std::collections::BTreeSet<Slot> = all
         .iter()
-        .filter_map(|id| match bench.scheduler.sequences().get(id)?.place {
+        .filter_map(|id| match bench.scheduler.sequences().get(*id)?.place {
             Place::Running(slot) => Some(slot),
             Place::Waiting | Place::Ready | Place::Pulling => None,
         })
@@ -179,18 +235,16 @@ fn a_decode_without_a_block_takes_the_youngests() {
     assert_eq!(bench.step(), [(4, 1, true), (0, 5, false)].split_at(1).0);
     assert_eq!(bench.place(young), Place::Waiting);
     assert_eq!(bench.scheduler.preemptions, 1);
-    let (computed, blocks) = {
-        let sequence = &bench.scheduler.sequences()[&young];
-        (sequence.computed, sequence.blocks.count())
-    };
-    assert_eq!((computed, blocks), (0, 0));
+    let sequence = bench.sequence(young);
+    assert_eq!((sequence.computed, sequence.blocks.count()), (0, 0));
     // What it had computed is computed again, and counted.
     bench.scheduler.remove(old);
     assert!(bench.admit().is_empty(), "it started before");
-    let known = bench.scheduler.sequences()[&young].len();
+    let known = bench.sequence(young).len();
     let (step, seqs) = bench.plan().unwrap();
-    assert_eq!(seqs, [(0, known, true)]);
-    assert_eq!(step.prompt_tokens, 5);
+    // Its full block was not needed by anybody.
+    assert_eq!(seqs, [(4, known - 4, true)]);
+    assert_eq!(step.prompt_tokens, 1);
 }
 
 #[test]
@@ -240,13 +294,267 @@ fn only_who_waits_for_blocks_is_overdue_and_only_if_another_worker_could_help() 
     assert_eq!(bench.admit(), running);
     let context = bench.context(4, 1);
     bench.now += Duration::from_secs(9);
-    assert!(bench.scheduler.admit(bench.now).overdue.is_empty(), "it waits for a slot");
+    assert!(bench.overdue().is_empty(), "it waits for a slot");
     bench.scheduler.remove(running[0]);
     let whole = bench.whole(40);
     bench.scheduler.remove(context);
     let context = bench.context(4, 2);
-    assert!(bench.scheduler.admit(bench.now).overdue.is_empty(), "it has time");
+    assert!(bench.overdue().is_empty(), "it has time");
     bench.now += Duration::from_secs(9);
-    assert_eq!(bench.scheduler.admit(bench.now).overdue, [context]);
+    assert_eq!(bench.overdue(), [context]);
     assert_eq!(bench.place(whole), Place::Waiting);
+}
+
+fn prompt(len: u32) -> Vec<u32> {
+    (500..500 + len).collect()
+}
+
+#[test]
+fn a_second_prompt_with_the_same_beginning_computes_only_the_rest() {
+    let mut bench = Bench::new(LIMITS, 64);
+    bench.remember(&prompt(14));
+    let again = bench.known(&prompt(18));
+    assert_eq!(bench.admit(), [again]);
+    assert_eq!(bench.admission.started, [(again, 12)]);
+    let (step, seqs) = bench.plan().unwrap();
+    assert_eq!((seqs, step.prompt_tokens), (vec![(12, 6, true)], 6));
+    let table = &bench.plan.tables[..];
+    assert_eq!((table.len(), bench.sequence(again).blocks.ids()), (5, table));
+    assert_eq!(bench.scheduler.pool.cache_counts().reused, 3);
+    assert_eq!(bench.scheduler.missed_blocks, 3 + 1, "the first looked for three in vain");
+}
+
+#[test]
+fn the_last_token_is_computed_whatever_is_known() {
+    let mut bench = Bench::new(LIMITS, 64);
+    bench.remember(&prompt(8));
+    bench.known(&prompt(8));
+    bench.admit();
+    assert_eq!(bench.step(), [(4, 4, true)]);
+    bench.known(&prompt(9));
+    bench.admit();
+    assert_eq!(bench.step(), [(8, 1, true), (8, 1, true)]);
+}
+
+#[test]
+fn two_sequences_share_blocks_and_the_pool_counts_them_once() {
+    let mut bench = Bench::new(LIMITS, 10);
+    let first = bench.known(&prompt(16));
+    bench.admit();
+    bench.step();
+    bench.step();
+    assert_eq!(bench.scheduler.pool.free(), 6);
+    // Three of the four blocks it needs are there: it must get one and leave two.
+    let second = bench.known(&prompt(15));
+    assert_eq!(bench.admit(), [second]);
+    assert_eq!(bench.scheduler.pool.free(), 5);
+    bench.scheduler.remove(first);
+    assert_eq!(bench.scheduler.pool.free(), 6);
+    let (one, _) = bench.plan().unwrap();
+    bench.collect(&one);
+    bench.scheduler.remove(second);
+    assert_eq!(bench.scheduler.pool.free(), 10);
+}
+
+#[test]
+fn salts_share_nothing() {
+    let mut bench = Bench::new(LIMITS, 64);
+    bench.remember(&prompt(12));
+    let salted = bench.ask(prompt(12), Some("a"), 100, Phase::Whole);
+    let other = bench.ask(prompt(12), Some("b"), 100, Phase::Whole);
+    assert_eq!(bench.admit(), [salted, other]);
+    assert_eq!(bench.admission.started, [(salted, 0), (other, 0)]);
+    while bench.sequence(other).computed < 12 {
+        bench.step();
+    }
+    let again = bench.ask(prompt(12), Some("b"), 100, Phase::Whole);
+    bench.admit();
+    assert_eq!(bench.admission.started, [(again, 8)]);
+}
+
+#[test]
+fn blocks_can_be_found_only_when_the_step_that_computes_them_was_collected() {
+    let mut bench = Bench::new(LIMITS, 64);
+    bench.known(&prompt(8));
+    bench.admit();
+    let (first, _) = bench.plan().unwrap();
+    let early = bench.known(&prompt(8));
+    bench.admit();
+    assert_eq!(bench.admission.started, [(early, 0)]);
+    bench.collect(&first);
+    let late = bench.known(&prompt(8));
+    bench.admit();
+    assert_eq!(bench.admission.started, [(late, 4)]);
+}
+
+#[test]
+fn a_preempted_sequence_finds_its_own_blocks_unless_they_were_needed() {
+    let limits = Limits { watermark: 0, ..LIMITS };
+    let mut bench = Bench::new(limits, 5);
+    let (old, young) = (bench.whole(4), bench.known(&prompt(9)));
+    assert_eq!(bench.admit(), [old, young]);
+    bench.step();
+    bench.step();
+    // Old takes the last free block, then one of young's.
+    while bench.place(young) != Place::Waiting {
+        bench.step();
+    }
+    assert_eq!(bench.scheduler.preemptions, 1);
+    bench.scheduler.remove(old);
+    bench.admit();
+    let (step, seqs) = bench.plan().unwrap();
+    // Its third block was taken: the first two are as they were.
+    assert_eq!(seqs, [(8, 5, true)]);
+    assert_eq!(step.prompt_tokens, 4, "what it had computed of its answer counts as lost");
+}
+
+#[test]
+fn a_step_that_ends_after_a_preemption_says_nothing_of_the_new_blocks() {
+    let limits = Limits { watermark: 0, ..LIMITS };
+    let mut bench = Bench::new(limits, 4);
+    let (old, young) = (bench.whole(3), bench.known(&prompt(12)));
+    assert_eq!(bench.admit(), [old, young]);
+    let (first, _) = bench.plan().unwrap();
+    bench.collect(&first);
+    let (second, seqs) = bench.plan().unwrap();
+    assert_eq!(seqs, [(3, 1, true), (5, 7, true)]);
+    // Old needs a second block: young gives all of its three, which the step under way still writes.
+    assert!(bench.plan().is_none());
+    bench.collect(&second);
+    bench.scheduler.remove(young);
+    bench.step();
+    assert_eq!(bench.scheduler.pool.counts().used, 2);
+}
+
+#[test]
+fn context_passes_of_one_prompt_count_its_blocks_once_against_the_lease_bound() {
+    let limits = Limits { max_leased_blocks: 7, ..LIMITS };
+    let mut bench = Bench::new(limits, 64);
+    bench.remember(&prompt(20));
+    let ask = |bench: &mut Bench, request| {
+        bench.ask(prompt(21), None, 9, Phase::Context(DisaggRequestId(request)))
+    };
+    let (first, second) = (ask(&mut bench, 1), ask(&mut bench, 2));
+    // Five blocks that both have, and one of each: exactly seven.
+    assert_eq!(bench.admit(), [first, second]);
+    let third = ask(&mut bench, 3);
+    assert!(bench.admit().is_empty());
+    bench.scheduler.remove(first);
+    assert_eq!(bench.admit(), [third]);
+    assert_eq!(bench.scheduler.pool.pledged(), 7);
+}
+
+#[test]
+fn a_context_pass_may_have_what_is_kept_free_for_sequences_that_grow() {
+    let mut bench = Bench::new(LIMITS, 10);
+    let first = bench.context(20, 1);
+    let second = bench.context(20, 2);
+    assert_eq!(bench.admit(), [first, second]);
+    assert_eq!(bench.scheduler.pool.free(), 0);
+    bench.scheduler.remove(second);
+    // One that grows leaves them free, and so does a context pass beside it.
+    let whole = bench.whole(12);
+    assert_eq!(bench.admit(), [whole]);
+    let third = bench.context(4, 3);
+    assert!(bench.admit().is_empty());
+    bench.scheduler.remove(whole);
+    assert_eq!(bench.admit(), [third]);
+}
+
+#[test]
+fn a_pull_fetches_only_what_the_prefix_cache_does_not_have() {
+    let mut bench = Bench::new(LIMITS, 64);
+    bench.remember(&prompt(12));
+    let record = Box::new(Record {
+        worker: "w".parse::<WorkerId>().unwrap(),
+        address: "127.0.0.1:1".to_owned(),
+        incarnation: Incarnation([1; 16]),
+        request: DisaggRequestId(1),
+        prompt_hash: [0; 32],
+        fingerprint: [0; 32],
+        prompt_tokens: 16,
+        lease: None,
+    });
+    let phase = Phase::Generation { request: DisaggRequestId(1), first: vec![9], record };
+    let id = bench.ask(prompt(16), None, 9, phase);
+    assert!(bench.admit().is_empty());
+    let [(pulling, Source::Remote(_))] = &bench.admission.pulls[..] else { panic!("one pull") };
+    assert_eq!((*pulling, bench.place(id)), (id, Place::Pulling));
+    assert_eq!((bench.sequence(id).found, bench.sequence(id).blocks.count()), (3, 5));
+    // Its own blocks come in, and the next one finds all four of the prompt's.
+    let blocks = bench.scheduler.take_blocks(id);
+    bench.scheduler.ready(id, blocks);
+    bench.admit();
+    assert_eq!(bench.step(), [(16, 1, true)]);
+    let again = bench.known(&prompt(17));
+    bench.admit();
+    assert_eq!(bench.admission.started, [(again, 16)]);
+}
+
+#[test]
+fn time_bounds_a_chunk_below_the_token_budget_and_a_prefill_goes_on_beside_any_decodes() {
+    let limits = Limits { max_batch_tokens: 64, ..LIMITS };
+    let mut bench = Bench::new(limits, 64);
+    let pace = |milliseconds: f64| {
+        let target = Duration::from_secs_f64(milliseconds / 1e3);
+        Some(Pace::new(target, Duration::from_millis(1)))
+    };
+    bench.scheduler.pace = pace(21.5);
+    bench.whole(3);
+    bench.whole(100);
+    bench.admit();
+    assert_eq!(bench.step(), [(0, 3, true), (0, 16, false)]);
+    assert_eq!(bench.step(), [(3, 1, true), (16, 16, false)]);
+    // Steps are longer than they should be already.
+    bench.scheduler.pace = pace(0.0);
+    assert_eq!(bench.step(), [(4, 1, true), (32, 4, false)]);
+    assert_eq!(bench.step(), [(5, 1, true), (36, 4, false)]);
+}
+
+#[test]
+fn any_mix_of_requests_is_served_oldest_first_to_its_end_and_leaves_every_block_free() {
+    use rand::rngs::SmallRng;
+    use rand::{Rng, SeedableRng};
+
+    for seed in 0..40 {
+        let mut random = SmallRng::seed_from_u64(seed);
+        let mut bench = Bench::new(LIMITS, 24);
+        let mut open = Vec::new();
+        let mut waiting_steps = 0;
+        for turn in 0..400 {
+            if turn < 250 && random.random_bool(0.4) {
+                let start = random.random_range(0..3) * 100;
+                let len = random.random_range(1..40);
+                let max = random.random_range(1..20);
+                let phase = match random.random_range(0..4) {
+                    0 => Phase::Context(DisaggRequestId(turn)),
+                    _ => Phase::Whole,
+                };
+                let salt = [None, Some("x")][random.random_range(0..2)];
+                open.push(bench.ask((start..start + len).collect(), salt, max, phase));
+            }
+            bench.now += Duration::from_millis(1);
+            bench.scheduler.admit(bench.now, &mut bench.admission);
+            let step = bench.plan().map(|(step, _)| step);
+            if let Some(step) = &step {
+                assert!(step.work.rows <= LIMITS.max_batch_tokens);
+                bench.collect(step);
+            }
+            waiting_steps = if step.is_none() { waiting_steps + 1 } else { 0 };
+            assert!(open.is_empty() || waiting_steps < 3, "seed {seed}: nobody runs");
+            let max_len = bench.scheduler.limits.max_len;
+            let scheduler = &mut bench.scheduler;
+            open.retain(|id| {
+                let sequence = scheduler.sequences().get(*id).unwrap();
+                let is_over = sequence.pending == 0 && !sequence.wants_sample(max_len);
+                let leaves = is_over || random.random_bool(0.01);
+                if leaves {
+                    scheduler.remove(*id);
+                }
+                !leaves
+            });
+        }
+        assert!(open.is_empty(), "seed {seed}: {} never ended", open.len());
+        assert_eq!(bench.scheduler.pool.free(), 24);
+    }
 }

@@ -195,12 +195,12 @@ fn context_passes_beyond_the_lease_bound_wait_and_others_overtake_them() {
     let rig = Rig::new(config, small_pool(12, 0));
     // Half of 12 blocks may be leased: two passes of 3 blocks.
     for request in 0..2 {
-        context(&rig, &Ask::varied(1, 9, 5), REQUEST + request);
+        context(&rig, &Ask::varied(11 + request, 9, 5), REQUEST + request);
     }
-    let third = rig.submit(Ask::varied(1, 9, 5).context(REQUEST + 2));
+    let third = rig.submit(Ask::varied(13, 9, 5).context(REQUEST + 2));
     assert_eq!(rig.answer(Ask::varied(2, 9, 5)).tokens.len(), 5);
     assert_eq!(Answer::of(third).failure, Some(ErrorCode::PoolExhausted));
-    let fourth = rig.submit(Ask::varied(1, 9, 5).context(REQUEST + 3));
+    let fourth = rig.submit(Ask::varied(14, 9, 5).context(REQUEST + 3));
     rig.handle.release(DisaggRequestId(REQUEST));
     Answer::of(fourth).lease();
     let never = rig.answer(Ask::varied(1, 25, 5).context(REQUEST + 4));

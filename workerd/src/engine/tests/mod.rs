@@ -4,6 +4,7 @@ mod ends;
 mod handover;
 mod movers;
 mod outputs;
+mod prefix;
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -232,7 +233,8 @@ impl Ask {
                 Phase::Generation { request: DisaggRequestId(request), first, record }
             }
         };
-        Submission { prompt, sampling, stop: StopRule { max_tokens, stop_ids }, phase, output }
+        let stop = StopRule { max_tokens, stop_ids };
+        Submission { prompt, salt: None, sampling, stop, phase, output }
     }
 }
 
