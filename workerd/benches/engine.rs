@@ -93,8 +93,10 @@ struct Speed {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    while args.spin {
-        std::hint::black_box(0);
+    if args.spin {
+        loop {
+            std::hint::black_box(0);
+        }
     }
     let mut driver = Driver::new(&args)?;
     if args.forever {
@@ -106,8 +108,13 @@ fn main() -> Result<()> {
     if !args.json {
         let [resident, highest] = resident_mib()?;
         println!("{} threads, {} kernels", driver.threads, driver.backend.simd());
-        println!("{resident:.0} MiB resident after loading, {highest:.0} MiB at most while loading");
-        println!("{:>18} {:>10} {:>12} {:>14} {:>8}", "row", "beside", "tok/s", "tok/CPU s", "ratio");
+        println!(
+            "{resident:.0} MiB resident after loading, {highest:.0} MiB at most while loading"
+        );
+        println!(
+            "{:>18} {:>10} {:>12} {:>14} {:>8}",
+            "row", "beside", "tok/s", "tok/CPU s", "ratio"
+        );
     }
     for row in &args.rows {
         let mut alone = None;
@@ -317,7 +324,9 @@ impl Beside {
         let child = match self {
             Self::None => return Ok(Other(None)),
             // Bound to a core: else the system moves it to whichever is idle.
-            Self::Stranger => Command::new("taskset").args(["-c", "0"]).arg(own).arg("--spin").spawn(),
+            Self::Stranger => {
+                Command::new("taskset").args(["-c", "0"]).arg(own).arg("--spin").spawn()
+            }
             Self::Twin => Command::new(own)
                 .args(["--forever", "--model"])
                 .arg(&args.model)

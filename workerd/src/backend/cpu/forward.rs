@@ -4,9 +4,11 @@
 
 use baton_shared::id::BlockIndex;
 
-use super::attention::{self, Cache, Heads, Places};
+use super::attention::{self, Heads, Parts};
+use super::cache::Cache;
 use super::linear::{Activations, Linear, Team, Tiling, grow};
 use super::pieces::{Count, Split};
+use super::places::Places;
 use super::rope;
 use crate::kv::region::KvRegion;
 use crate::model::{Layer, Model};
@@ -109,7 +111,8 @@ impl Batch {
         sample: bool,
     ) {
         self.tokens.extend_from_slice(input);
-        self.places.push(start, input.len(), table, &weights.frequencies);
+        let group = weights.heads.group();
+        self.places.push(start, input.len(), table, group, &weights.frequencies);
         if sample {
             self.sampled.push(self.tokens.len() - 1);
         }
@@ -130,6 +133,8 @@ pub struct Workspace {
     qkv: Vec<f32>,
     /// `[row][query head]`.
     attended: Vec<f32>,
+    /// Of rows whose attention is computed span by span.
+    parts: Parts,
     /// `[row][gate, up]`.
     gate_up: Vec<f32>,
     /// `[sampled row][vocab]`.
@@ -179,16 +184,15 @@ impl Workspace {
     ) {
         let first = cache.layer == 0;
         self.normalise(team, weights, &block.attention_norm, &block.qkv, !first);
-        let Self { tiling, activations, delta, qkv, attended, .. } = self;
+        let Self { tiling, activations, delta, qkv, attended, parts, .. } = self;
         let heads = weights.heads;
         block.qkv.apply(team, tiling, activations, qkv);
-        attention::store(team, heads, places, cache, qkv);
-        attention::attend(team, heads, places, cache, qkv, attended);
-        let width = heads.query_row();
-        let want = (block.output.forms(), width);
+        let layer = attention::Layer { heads, places, cache, qkv };
+        layer.attend(team, parts, attended);
+        let want = (block.output.forms(), heads.query_row());
         let beside = Count(tiling.row_ends().len());
         activations.fill(team, tiling, want, beside, |(), _, row, out| {
-            out.copy_from_slice(&attended[row * width..][..width]);
+            layer.gather(row, parts, attended, out);
         });
         block.output.apply(team, tiling, activations, delta);
     }

@@ -4,7 +4,8 @@
 
 use std::ops::Range;
 
-use super::kernels::{Kernels, LANES, QUANT, QuantBlock, Running, TOKENS, Tile, wants_quantised};
+use super::attention;
+use super::kernels::{Kernels, LANES, QUANT, QuantBlock, TOKENS, Tile, wants_quantised};
 use super::pieces::{Grid, Pieces, Split};
 use super::repack::Panels;
 use super::threads::Threads;
@@ -28,14 +29,8 @@ pub struct Scratch {
     pub row: Vec<f32>,
     /// What a product kernel gives.
     pub product: Vec<f32>,
-    /// Keys and values of some tokens as stored.
-    pub stored: Vec<u16>,
-    /// Keys of an attention tile.
-    pub keys: Vec<f32>,
-    /// Values of an attention tile.
-    pub values: Vec<f32>,
-    /// Softmaxes of the queries that read the tile.
-    pub running: Vec<Running>,
+    /// For attention.
+    pub attention: attention::Scratch,
 }
 
 impl Team {
@@ -240,8 +235,9 @@ impl Linear {
         // Runs are short enough that the threads end together, long enough that taking one costs nothing.
         let run = (panels / (team.threads.count() * 4)).clamp(1, LONGEST_RUN);
         let kernels = team.kernels;
-        let rows = [tiling.rows()];
-        let grid = Grid::new(&mut out[..self.rows * rows[0]], self.rows, &rows, run * LANES);
+        let rows = 0..tiling.rows();
+        let out = &mut out[..self.rows * rows.end];
+        let grid = Grid::new(out, self.rows, std::slice::from_ref(&rows), run * LANES);
         team.each(grid, |scratch, _, mut rectangle| {
             let columns = rectangle.columns();
             let mut first = 0;

@@ -4,11 +4,13 @@
 //! on what runs beside it, on chunks, on the number of threads or on the tier of kernels.
 
 pub mod attention;
+pub mod cache;
 pub mod check;
 pub mod forward;
 pub mod kernels;
 pub mod linear;
 pub mod pieces;
+pub mod places;
 pub mod repack;
 pub mod rope;
 pub mod threads;

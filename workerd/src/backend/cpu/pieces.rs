@@ -101,7 +101,7 @@ unsafe impl<'a, T: Send> Pieces for Split<'a, T> {
 pub struct Grid<'a> {
     base: *mut f32,
     columns: usize,
-    row_ends: &'a [usize],
+    bands: &'a [Range<usize>],
     width: usize,
     owner: PhantomData<&'a mut [f32]>,
 }
@@ -110,14 +110,22 @@ pub struct Grid<'a> {
 unsafe impl Sync for Grid<'_> {}
 
 impl<'a> Grid<'a> {
-    /// Rows end at `row_ends`; runs of `width` columns, the last one perhaps narrower.
+    /// Runs of rows `bands` by runs of `width` columns, the last one perhaps narrower.
     ///
     /// # Panics
-    /// If `width` or `columns` is 0, the ends do not ascend, or rows pass the matrix's end.
-    pub fn new(matrix: &'a mut [f32], columns: usize, row_ends: &'a [usize], width: usize) -> Self {
+    /// If `width` or `columns` is 0, the bands do not ascend, or one passes the matrix's end.
+    pub fn new(
+        matrix: &'a mut [f32],
+        columns: usize,
+        bands: &'a [Range<usize>],
+        width: usize,
+    ) -> Self {
         assert!(width > 0 && columns > 0);
-        assert_ascending(row_ends, columns, matrix.len());
-        Self { base: matrix.as_mut_ptr(), columns, row_ends, width, owner: PhantomData }
+        assert!(bands.iter().all(|band| band.start <= band.end), "pieces end in order");
+        assert!(bands.is_sorted_by(|a, b| a.end <= b.start), "pieces end in order");
+        let end = bands.last().map_or(0, |band| band.end);
+        assert!(end <= matrix.len() / columns, "pieces lie in the buffer");
+        Self { base: matrix.as_mut_ptr(), columns, bands, width, owner: PhantomData }
     }
 
     /// Rectangles beside each other.
@@ -126,23 +134,23 @@ impl<'a> Grid<'a> {
     }
 }
 
-// SAFETY: rectangles of one matrix with ascending row ends and separate columns; the matrix is borrowed for `'a`.
+// SAFETY: rectangles of one matrix with ascending bands of rows and separate columns; the matrix is borrowed for `'a`.
 unsafe impl<'a> Pieces for Grid<'a> {
     type Piece = Rectangle<'a>;
 
     fn count(&self) -> usize {
-        self.row_ends.len() * self.across()
+        self.bands.len() * self.across()
     }
 
     unsafe fn piece(&self, index: usize) -> Rectangle<'a> {
         let (band, run) = (index / self.across(), index % self.across());
-        let first_row = start_of(self.row_ends, band);
+        let Range { start: first_row, end } = self.bands[band];
         let column = run * self.width;
         Rectangle {
             // SAFETY: row and column are inside the matrix by the checks at construction.
             base: unsafe { self.base.add(first_row * self.columns + column) },
             first_row,
-            rows: self.row_ends[band] - first_row,
+            rows: end - first_row,
             column,
             width: self.width.min(self.columns - column),
             stride: self.columns,
@@ -201,6 +209,37 @@ unsafe impl<A: Pieces, B: Pieces> Pieces for (A, B) {
     }
 }
 
+/// One's pieces, then the other's.
+#[derive(Debug)]
+pub struct Chain<A, B>(pub A, pub B);
+
+/// A piece of a [`Chain`].
+#[derive(Debug)]
+pub enum Either<A, B> {
+    /// Of the first.
+    First(A),
+    /// Of the second.
+    Second(B),
+}
+
+// SAFETY: the pieces of each share nothing, and the two own what they cut.
+unsafe impl<A: Pieces, B: Pieces> Pieces for Chain<A, B> {
+    type Piece = Either<A::Piece, B::Piece>;
+
+    fn count(&self) -> usize {
+        self.0.count() + self.1.count()
+    }
+
+    unsafe fn piece(&self, index: usize) -> Self::Piece {
+        match index.checked_sub(self.0.count()) {
+            // SAFETY: the caller's promise, passed on.
+            None => Either::First(unsafe { self.0.piece(index) }),
+            // SAFETY: as above; `index` is below the sum of both counts.
+            Some(index) => Either::Second(unsafe { self.1.piece(index) }),
+        }
+    }
+}
+
 fn start_of(ends: &[usize], index: usize) -> usize {
     match index.checked_sub(1) {
         Some(before) => ends[before],
@@ -222,7 +261,7 @@ mod tests {
     fn a_grid_covers_each_element_once() {
         let (rows, columns) = (11, 13);
         let mut matrix = vec![0.0_f32; rows * columns];
-        let grid = Grid::new(&mut matrix, columns, &[4, 4, 9, 11], 5);
+        let grid = Grid::new(&mut matrix, columns, &[0..4, 4..4, 4..9, 9..11], 5);
         assert_eq!(grid.count(), 4 * 3);
         for index in 0..grid.count() {
             // SAFETY: each index once.

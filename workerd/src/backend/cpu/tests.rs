@@ -263,6 +263,27 @@ fn a_sequence_gives_the_same_bits_in_every_way() {
 }
 
 #[test]
+fn a_sequence_of_several_spans_gives_the_same_bits_in_every_way() {
+    for heads in [(6, 2, 16), (4, 4, 8), (8, 1, 24)] {
+        let model = tiny_model((WeightType::Q8_0, WeightType::F32), None, heads);
+        // The first samples lie around the end of a span of 256 positions.
+        for len in [253, 509 - 6] {
+            let prompt = prompt(len);
+            let plain = run(&model, &prompt, PLAIN);
+            let ways = [
+                Way { chunk: 1, threads: 2, ..PLAIN },
+                Way { chunk: 100, neighbours: 2, ..PLAIN },
+                Way { chunk: 37, threads: 2, block_tokens: 64, ..PLAIN },
+                Way { simd: Simd::Scalar, chunk: 250, ..PLAIN },
+            ];
+            for way in ways {
+                assert_eq!(run(&model, &prompt, way), plain, "{heads:?} {len} {way:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_cpu_back_end_keeps_the_contract() {
     let model = tiny_model((WeightType::Q4_1, WeightType::Q8_0), None, (4, 2, 16));
     for (threads, simd, block_tokens) in

@@ -4,6 +4,7 @@
 //! multiply-add a step; a sum over a vector has 8 lanes, added as `((0+1)+(2+3))+((4+5)+(6+7))`. The scalar table is
 //! the one to read; the others copy its order. What a kernel computes for one token or row never depends on the others.
 
+pub mod attention;
 #[cfg(target_arch = "x86_64")]
 pub mod avx2;
 pub mod scalar;
@@ -14,8 +15,6 @@ use crate::model::WeightType;
 pub const LANES: usize = 8;
 /// Elements of a quantised block along k.
 pub const QUANT: usize = 32;
-/// Tokens of a step of the online softmax, in every path.
-pub const ATTENTION_TILE: usize = 32;
 /// Tokens a product kernel can take at once.
 pub const TOKENS: [usize; 6] = [1, 2, 4, 8, 16, 32];
 
@@ -34,20 +33,6 @@ pub struct QuantBlock {
     pub sum: f32,
 }
 
-/// State of an online softmax: what has been seen so far of one query.
-#[derive(Clone, Copy, Debug)]
-pub struct Running {
-    /// Largest score.
-    pub max: f32,
-    /// Sum of `exp(score - max)`.
-    pub sum: f32,
-}
-
-impl Running {
-    /// Nothing seen.
-    pub const START: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
-}
-
 /// One token tile's activations, `[k][token]`, as the weight's type wants them.
 #[derive(Clone, Copy, Debug)]
 pub enum Tile<'a> {
@@ -60,16 +45,6 @@ pub enum Tile<'a> {
 /// `out[group][token][lane]` from panels (groups of 8 interleaved rows, [`super::repack`]) and a tile of `tokens` (one
 /// of [`TOKENS`]) tokens.
 pub type Product<T> = fn(panels: &[u8], tile: &[T], tokens: usize, out: &mut [f32]);
-
-/// See [`Kernels::attend`].
-pub type Attend = fn(
-    query: &[f32],
-    keys: &[f32],
-    values: &[f32],
-    tokens: usize,
-    running: &mut Running,
-    out: &mut [f32],
-);
 
 /// One tier of kernels.
 pub struct Kernels {
@@ -91,9 +66,8 @@ pub struct Kernels {
     pub rms_norm: fn(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]),
     /// `out = silu(gate) * up`; lengths equal, a multiple of 8.
     pub swiglu: fn(gate: &[f32], up: &[f32], out: &mut [f32]),
-    /// One step of the online softmax: `tokens` (1..=32) rows of `keys` and `values` (`[32][head_dim]`) for one query
-    /// (scaled already) into `out`, which is not yet divided by `running.sum`. `head_dim` is a multiple of 8.
-    pub attend: Attend,
+    /// Attention to a tile of positions.
+    pub attention: attention::Attention,
 }
 
 impl std::fmt::Debug for Kernels {

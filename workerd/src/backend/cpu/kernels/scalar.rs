@@ -5,7 +5,7 @@ use std::array::from_fn;
 use half::{bf16, f16};
 
 use super::exponential::{HIGH, LOG2_E, LOW, MINUS_LN2_HIGH, MINUS_LN2_LOW, POLYNOMIAL};
-use super::{ATTENTION_TILE, Kernels, LANES, QUANT, QuantBlock, Running, SMALLEST_MAX};
+use super::{Kernels, LANES, QUANT, QuantBlock, SMALLEST_MAX, attention};
 
 /// The table.
 pub static TABLE: Kernels = Kernels {
@@ -24,7 +24,7 @@ pub static TABLE: Kernels = Kernels {
     quantise,
     rms_norm,
     swiglu,
-    attend,
+    attention: attention::PLAIN,
 };
 
 fn q4_1(panels: &[u8], tile: &[QuantBlock], tokens: usize, out: &mut [f32]) {
@@ -135,37 +135,6 @@ fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
     }
 }
 
-fn attend(
-    query: &[f32],
-    keys: &[f32],
-    values: &[f32],
-    tokens: usize,
-    running: &mut Running,
-    out: &mut [f32],
-) {
-    let head_dim = query.len();
-    let mut scores = [f32::NEG_INFINITY; ATTENTION_TILE];
-    for (key, score) in keys.chunks_exact(head_dim).zip(&mut scores[..tokens]) {
-        let mut lanes = [0.0_f32; LANES];
-        for (q, k) in query.as_chunks::<LANES>().0.iter().zip(key.as_chunks::<LANES>().0) {
-            lanes = from_fn(|lane| q[lane].mul_add(k[lane], lanes[lane]));
-        }
-        *score = tree(&lanes);
-    }
-    let max = scores.iter().fold(running.max, |max, &score| larger(max, score));
-    let shrink = exp(running.max - max);
-    let shares = scores.map(|score| exp(score - max));
-    let lanes: [f32; LANES] =
-        from_fn(|lane| (shares[lane] + shares[lane + 8]) + (shares[lane + 16] + shares[lane + 24]));
-    *running = Running { max, sum: running.sum.mul_add(shrink, tree(&lanes)) };
-    out.iter_mut().for_each(|out| *out *= shrink);
-    for (value, share) in values.chunks_exact(head_dim).zip(&shares[..tokens]) {
-        for (out, value) in out.iter_mut().zip(value) {
-            *out = share.mul_add(*value, *out);
-        }
-    }
-}
-
 /// `e^x`; 0 below [`LOW`].
 pub fn exp(x: f32) -> f32 {
     if x < LOW {
@@ -187,7 +156,7 @@ fn nearest(x: f32) -> f32 {
 }
 
 /// As `vmaxps`.
-fn larger(a: f32, b: f32) -> f32 {
+pub(super) fn larger(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }
 }
 
@@ -196,7 +165,7 @@ fn smaller(a: f32, b: f32) -> f32 {
     if a < b { a } else { b }
 }
 
-fn tree(lanes: &[f32; LANES]) -> f32 {
+pub(super) fn tree(lanes: &[f32; LANES]) -> f32 {
     let [a, b, c, d, e, f, g, h] = *lanes;
     ((a + b) + (c + d)) + ((e + f) + (g + h))
 }

@@ -1,3 +1,6 @@
+use half::bf16;
+
+use super::attention::{ATTENTION_TILE, Running};
 use super::*;
 use crate::backend::cpu::repack::Panels;
 use crate::backend::cpu::tests::{Random, random_weight};
@@ -127,34 +130,49 @@ fn vector_kernels_give_the_same_bits_on_every_tier() {
 #[test]
 fn attention_gives_the_same_bits_on_every_tier_and_is_a_softmax() {
     let mut random = Random::new(5);
-    for head_dim in [8, 16, 40, 64, 80, 128] {
+    for (head_dim, queries) in [(8, 1), (16, 2), (40, 3), (64, 4), (80, 5), (128, 6), (256, 7)] {
         for tokens in [1, 2, 7, 8, 9, 31, 32, 33, 64, 77] {
-            let query = activations(&mut random, 1, head_dim);
-            let (keys, values) =
-                (activations(&mut random, 96, head_dim), activations(&mut random, 96, head_dim));
-            let run = |kernels: &Kernels| {
-                let (mut running, mut out) = (Running::START, vec![0.0; head_dim]);
+            let size = (head_dim as f32).sqrt().recip();
+            let query: Vec<f32> = (0..queries * head_dim).map(|_| random.normal() * size).collect();
+            let mut stored = || -> Vec<bf16> {
+                (0..96 * head_dim).map(|_| bf16::from_f32(random.normal())).collect()
+            };
+            let (keys, values) = (stored(), stored());
+            let run = |kernels: &Kernels, queries: &[f32]| {
+                let mut running = vec![Running::START; queries.len() / head_dim];
+                let mut out = vec![0.0; queries.len()];
+                let [mut tile_keys, mut tile_values] =
+                    [(); 2].map(|()| vec![f32::NAN; ATTENTION_TILE * head_dim]);
                 for first in (0..tokens).step_by(ATTENTION_TILE) {
                     let tile = first * head_dim..(first + ATTENTION_TILE) * head_dim;
-                    let (keys, values) = (&keys[tile.clone()], &values[tile]);
+                    let bits = |stored: &[bf16]| -> Vec<u16> {
+                        stored[tile.clone()].iter().map(|value| value.to_bits()).collect()
+                    };
+                    (kernels.attention.transpose)(&bits(&keys), &mut tile_keys);
+                    (kernels.attention.widen)(&bits(&values), &mut tile_values);
                     let seen = ATTENTION_TILE.min(tokens - first);
-                    (kernels.attend)(&query, keys, values, seen, &mut running, &mut out);
+                    let (keys, values) = (&tile_keys, &tile_values);
+                    (kernels.attention.attend)(queries, keys, values, seen, &mut running, &mut out);
                 }
-                out.iter().map(|out| out / running.sum).collect::<Vec<f32>>()
+                let outs = out.chunks_exact(head_dim).zip(&running);
+                outs.flat_map(|(out, running)| out.iter().map(|out| out / running.sum)).collect()
             };
-            let (best, plain) = (run(Kernels::detect()), run(&scalar::TABLE));
-            assert_eq!(bits(&best), bits(&plain), "{head_dim} {tokens}");
-            let dot = |key: &[f32]| -> f64 {
-                key.iter().zip(&query).map(|(k, q)| f64::from(*k) * f64::from(*q)).sum()
-            };
-            let shares: Vec<f64> =
-                keys.chunks_exact(head_dim).take(tokens).map(|key| dot(key).exp()).collect();
-            let sum: f64 = shares.iter().sum();
-            for (at, best) in best.iter().enumerate() {
-                let exact: f64 = (0..tokens)
-                    .map(|token| shares[token] / sum * f64::from(values[token * head_dim + at]))
-                    .sum();
-                assert!((f64::from(*best) - exact).abs() < 1e-4, "{best} {exact}");
+            let best: Vec<f32> = run(Kernels::detect(), &query);
+            assert_eq!(bits(&best), bits(&run(&scalar::TABLE, &query)), "{head_dim} {tokens}");
+            for (query, best) in query.chunks_exact(head_dim).zip(best.chunks_exact(head_dim)) {
+                assert_eq!(bits(best), bits(&run(Kernels::detect(), query)), "alone");
+                let dot = |key: &[bf16]| -> f64 {
+                    key.iter().zip(query).map(|(k, q)| k.to_f64() * f64::from(*q)).sum()
+                };
+                let shares: Vec<f64> =
+                    keys.chunks_exact(head_dim).take(tokens).map(|key| dot(key).exp()).collect();
+                let sum: f64 = shares.iter().sum();
+                for (at, best) in best.iter().enumerate() {
+                    let exact: f64 = (0..tokens)
+                        .map(|token| shares[token] / sum * values[token * head_dim + at].to_f64())
+                        .sum();
+                    assert!((f64::from(*best) - exact).abs() < 1e-5, "{best} {exact}");
+                }
             }
         }
     }

@@ -37,10 +37,7 @@ static TABLE: Kernels = Kernels {
     rms_norm: |x, weight, epsilon, out| unsafe { float::rms_norm(x, weight, epsilon, out) },
     // SAFETY: as above.
     swiglu: |gate, up, out| unsafe { float::swiglu(gate, up, out) },
-    attend: |query, keys, values, tokens, running, out| {
-        // SAFETY: as above.
-        unsafe { attention::attend(query, keys, values, tokens, running, out) }
-    },
+    attention: attention::TABLE,
 };
 
 #[inline]

@@ -1,0 +1,62 @@
+//! A layer of the KV pool as sequences see it, through their block tables. Elements are bf16 as stored.
+
+use baton_shared::id::BlockIndex;
+
+use crate::kv::region::KvRegion;
+
+/// The pool, one layer of it, and the plan's block tables.
+#[derive(Clone, Copy, Debug)]
+pub struct Cache<'a> {
+    /// The pool.
+    pub pool: &'a KvRegion,
+    /// Which layer.
+    pub layer: u32,
+    /// All block tables, back to back; checked against the pool.
+    pub tables: &'a [BlockIndex],
+}
+
+/// What lies in the pool for a token and head.
+#[derive(Clone, Copy, Debug)]
+pub enum Kind {
+    /// After its turn by position.
+    Key = 0,
+    /// As computed.
+    Value = 1,
+}
+
+impl Cache<'_> {
+    /// Writes a position's vector of a head; the block table begins at `table`.
+    pub fn store(&self, table: usize, position: usize, head: usize, kind: Kind, vector: &[u16]) {
+        let (offset, _) = self.place(table, position, head, kind);
+        self.pool.region.write_elements(offset, vector);
+    }
+
+    /// Reads `tokens` positions from `first` on, a vector after another.
+    pub fn load(
+        &self,
+        (table, first, tokens): (usize, usize, usize),
+        head: usize,
+        kind: Kind,
+        stored: &mut [u16],
+    ) {
+        let size = self.pool.layout.head_dim as usize;
+        let mut done = 0;
+        while done < tokens {
+            let (offset, run) = self.place(table, first + done, head, kind);
+            let run = run.min(tokens - done);
+            self.pool.region.read_elements(offset, &mut stored[done * size..(done + run) * size]);
+            done += run;
+        }
+    }
+
+    /// Offset of a position's vector, and how many positions follow it directly, itself included.
+    fn place(&self, table: usize, position: usize, head: usize, kind: Kind) -> (usize, usize) {
+        let layout = &self.pool.layout;
+        let tokens = layout.block_tokens as usize;
+        let block = self.tables[table + position / tokens];
+        let head = layout.heads.start + head as u32;
+        let base = layout.offset(block, layout.layers.start + self.layer, head, kind as u32);
+        let vector = layout.head_dim as usize * layout.dtype.bytes() as usize;
+        (base as usize + position % tokens * vector, tokens - position % tokens)
+    }
+}
