@@ -3,18 +3,18 @@
 CARGO_TEST = cargo test --release --workspace
 ARGS ?=
 
-.PHONY: run test test-long bench bench-setup fuzz setup build clean
+.PHONY: run test test-long bench bench-setup fuzz setup optional-models build clean
 
 ## Two context workers, a generation worker and the router with a real model; prints an answer, stays up.
 run: build
 	@exec target/release/baton-up config/cluster.toml --try $(ARGS)
 
 ## The whole suite.
-test: build
+test: build optional-models
 	$(CARGO_TEST)
 
 ## The long matrices too.
-test-long: build
+test-long: build optional-models
 	$(CARGO_TEST)
 	$(CARGO_TEST) --test it -- --ignored
 	$(CARGO_TEST) --lib -- --ignored --nocapture --test-threads=1 long_
@@ -36,6 +36,10 @@ fuzz: setup
 ## What a build and a run need beyond the toolchain, into .deps.
 setup:
 	@integration/setup.sh
+
+## Models that some tests use, where they can be had; else these tests are skipped by name.
+optional-models: setup
+	@integration/optional-models.sh
 
 build: setup
 	@cargo build --release --workspace --bins

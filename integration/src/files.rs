@@ -29,6 +29,12 @@ pub fn demo_model() -> Result<PathBuf> {
     Ok(top().join(".deps/models/SmolLM2-135M-Instruct.Q4_1.gguf"))
 }
 
+/// A model that `integration/optional-models.sh` fetches, if it was to be had.
+pub fn optional_model(name: &str) -> Option<PathBuf> {
+    let path = top().join(".deps/models").join(name);
+    path.is_file().then_some(path)
+}
+
 /// A binary of this build: beside the running one, or one folder up (tests run from `deps/`).
 ///
 /// # Errors

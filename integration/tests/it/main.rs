@@ -21,3 +21,4 @@ mod startup;
 mod streaming;
 mod support;
 mod tiny;
+mod tokenizers;

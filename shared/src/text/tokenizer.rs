@@ -6,6 +6,7 @@
 
 mod gguf;
 mod hugging_face;
+mod sentencepiece;
 
 use std::path::PathBuf;
 
@@ -51,6 +52,7 @@ pub struct Tokenizer {
     without_special: AddedVocabulary,
     vocabulary: Vocabulary,
     prefix: Vec<u32>,
+    suffix: Vec<u32>,
     eos: Vec<u32>,
     bos_token: Option<String>,
     eos_token: Option<String>,
@@ -85,6 +87,7 @@ struct Parts {
     inner: tokenizers::Tokenizer,
     vocabulary: Vocabulary,
     prefix: Vec<u32>,
+    suffix: Vec<u32>,
     eos: Vec<u32>,
     bos_token: Option<String>,
     eos_token: Option<String>,
@@ -93,7 +96,8 @@ struct Parts {
 
 impl Tokenizer {
     fn new(parts: Parts) -> Self {
-        let Parts { inner, vocabulary, prefix, mut eos, bos_token, eos_token, template } = parts;
+        let Parts { inner, vocabulary, prefix, suffix, mut eos, bos_token, eos_token, template } =
+            parts;
         eos.sort_unstable();
         eos.dedup();
         let hash = vocabulary.hash(&eos);
@@ -107,6 +111,7 @@ impl Tokenizer {
             without_special,
             vocabulary,
             prefix,
+            suffix,
             eos,
             bos_token,
             eos_token,
@@ -133,11 +138,11 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The ids of a client's text prompt: special tokens count as such, and `add_special` puts the model's
-    /// start token before it, if the model has one.
+    /// The ids of a client's text prompt: special tokens count as such, and `add_special` puts before and after it
+    /// what the model's files say: mostly a start token, or nothing.
     pub fn encode_prompt(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
         let ids = self.encode(text, true)?;
-        Ok(if add_special { [&self.prefix[..], &ids].concat() } else { ids })
+        Ok(if add_special { [&self.prefix[..], &ids, &self.suffix].concat() } else { ids })
     }
 
     /// The text of `ids`; with `skip_special` without special tokens. Unknown ids have no text.

@@ -1,5 +1,5 @@
-//! A tokenizer from GGUF metadata: byte-level BPE (`tokenizer.ggml.model` = `gpt2`), split as
-//! `tokenizer.ggml.pre` says.
+//! A tokenizer from GGUF metadata. Here: byte-level BPE (`tokenizer.ggml.model` = `gpt2`), split as
+//! `tokenizer.ggml.pre` says; SentencePiece (`llama`) is in [`super::sentencepiece`].
 
 use std::collections::HashSet;
 
@@ -12,7 +12,7 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::tokenizer::SplitDelimiterBehavior;
 use tokenizers::{AddedToken, NormalizerWrapper};
 
-use super::{Parts, Spelling, Tokenizer, TokenizerError, Vocabulary, check_merge};
+use super::{Parts, Spelling, Tokenizer, TokenizerError, Vocabulary, check_merge, sentencepiece};
 use crate::text::gguf::Gguf;
 
 const MODEL: &str = "tokenizer.ggml.model";
@@ -22,17 +22,22 @@ const TYPES: &str = "tokenizer.ggml.token_type";
 const MERGES: &str = "tokenizer.ggml.merges";
 const BOS: &str = "tokenizer.ggml.bos_token_id";
 const ADD_BOS: &str = "tokenizer.ggml.add_bos_token";
+const ADD_EOS: &str = "tokenizer.ggml.add_eos_token";
+const ADD_SPACE: &str = "tokenizer.ggml.add_space_prefix";
+const SCORES: &str = "tokenizer.ggml.scores";
 /// Ids that end a text: of a sequence, a turn, a message.
 const ENDS: [&str; 3] =
     ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
 
 /// Values of `tokenizer.ggml.token_type`.
-const CONTROL: i64 = 3;
-const USER_DEFINED: i64 = 4;
-const UNUSED: i64 = 5;
+pub(super) const UNKNOWN: i64 = 2;
+pub(super) const CONTROL: i64 = 3;
+pub(super) const USER_DEFINED: i64 = 4;
+pub(super) const UNUSED: i64 = 5;
 
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const TEKKEN_SPLIT: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// How a text is cut before merges apply.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -41,41 +46,99 @@ enum Pre {
     SmolLm,
     Llama3,
     Qwen2,
+    Tekken,
+}
+
+/// The vocabulary as a file lists it.
+pub(super) struct Words<'a> {
+    tokens: &'a [String],
+    types: &'a [i64],
 }
 
 impl Tokenizer {
     /// The tokenizer a GGUF file describes.
     pub fn from_gguf(file: &Gguf) -> Result<Self, TokenizerError> {
         let model = file.string(MODEL).ok_or(TokenizerError::Missing(MODEL))?;
-        if model != "gpt2" {
-            let value = model.to_owned();
-            return Err(TokenizerError::Unsupported { key: MODEL, value, known: "gpt2" });
-        }
-        let pre = Pre::of(file.string(PRE).ok_or(TokenizerError::Missing(PRE))?)?;
-        let tokens = file.strings(TOKENS).ok_or(TokenizerError::Missing(TOKENS))?;
-        let types = file.ints(TYPES).ok_or(TokenizerError::Missing(TYPES))?;
-        let merges = file.strings(MERGES).ok_or(TokenizerError::Missing(MERGES))?;
-        if types.len() != tokens.len() {
-            let rule = format!("{} tokens have {} types", tokens.len(), types.len());
-            return Err(TokenizerError::Malformed(rule));
-        }
-        let id_of = |key| id_of(file, key, tokens.len());
-        let text_of = |id: Option<u32>| id.map(|id| tokens[id as usize].clone());
+        let words = Words::read(file)?;
+        let (inner, vocabulary, starts) = match model {
+            "gpt2" => {
+                let pre = Pre::of(file.string(PRE).ok_or(TokenizerError::Missing(PRE))?)?;
+                let merges = file.strings(MERGES).ok_or(TokenizerError::Missing(MERGES))?;
+                (byte_level_bpe(pre, &words, merges)?, vocabulary(&words), pre.starts_texts())
+            }
+            "llama" => {
+                let scores = file.floats(SCORES).ok_or(TokenizerError::Missing(SCORES))?;
+                words.check_len(scores.len(), "scores")?;
+                let add_space = file.bool(ADD_SPACE).unwrap_or(true);
+                let inner = sentencepiece::tokenizer(&words, scores, add_space)?;
+                (inner, sentencepiece::vocabulary(&words), true)
+            }
+            other => {
+                let (value, known) = (other.to_owned(), "gpt2, llama");
+                return Err(TokenizerError::Unsupported { key: MODEL, value, known });
+            }
+        };
+        let id_of = |key| id_of(file, key, words.tokens.len());
+        let text_of = |id: Option<u32>| id.map(|id| words.tokens[id as usize].clone());
         let bos = id_of(BOS)?;
         let mut eos = Vec::new();
         for key in ENDS {
             eos.extend(id_of(key)?);
         }
-        let add_bos = file.bool(ADD_BOS).unwrap_or(pre == Pre::Llama3);
+        let (add_bos, add_eos) = (file.bool(ADD_BOS), file.bool(ADD_EOS).unwrap_or(false));
         Ok(Self::new(Parts {
-            inner: byte_level_bpe(pre, tokens, types, merges)?,
-            vocabulary: vocabulary(tokens, types),
-            prefix: bos.filter(|_| add_bos).into_iter().collect(),
+            inner,
+            vocabulary,
+            prefix: bos.filter(|_| add_bos.unwrap_or(starts)).into_iter().collect(),
+            suffix: eos.first().copied().filter(|_| add_eos).into_iter().collect(),
             bos_token: text_of(bos),
             eos_token: text_of(eos.first().copied()),
             eos,
             template: file.string("tokenizer.chat_template").map(str::to_owned),
         }))
+    }
+}
+
+impl<'a> Words<'a> {
+    fn read(file: &'a Gguf) -> Result<Self, TokenizerError> {
+        let tokens = file.strings(TOKENS).ok_or(TokenizerError::Missing(TOKENS))?;
+        let types = file.ints(TYPES).ok_or(TokenizerError::Missing(TYPES))?;
+        let words = Self { tokens, types };
+        words.check_len(types.len(), "types")?;
+        Ok(words)
+    }
+
+    fn check_len(&self, len: usize, what: &str) -> Result<(), TokenizerError> {
+        if len == self.tokens.len() {
+            return Ok(());
+        }
+        let rule = format!("{} tokens have {len} {what}", self.tokens.len());
+        Err(TokenizerError::Malformed(rule))
+    }
+
+    /// Id, text and type of each.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u32, &'a str, i64)> {
+        let words = (0..).zip(self.tokens.iter().zip(self.types));
+        words.map(|(id, (token, kind))| (id, token.as_str(), *kind))
+    }
+
+    /// Text to id.
+    pub(super) fn vocab(&self) -> Vocab {
+        self.iter().map(|(id, token, _)| (token.to_owned(), id)).collect()
+    }
+
+    /// What is found in a text before it is split: special tokens, and those that a user added.
+    pub(super) fn added(&self) -> Vec<AddedToken> {
+        let is_special = |kind: i64| match kind {
+            CONTROL | UNKNOWN => Some(true),
+            USER_DEFINED => Some(false),
+            _ => None,
+        };
+        let added = self.iter().filter(|(_, token, _)| !token.is_empty());
+        let added = added.filter_map(|(_, token, kind)| {
+            Some(AddedToken::from(token, is_special(kind)?).normalized(false))
+        });
+        added.collect()
     }
 }
 
@@ -93,28 +156,20 @@ fn id_of(file: &Gguf, key: &str, tokens: usize) -> Result<Option<u32>, Tokenizer
 
 fn byte_level_bpe(
     pre: Pre,
-    tokens: &[String],
-    types: &[i64],
+    words: &Words<'_>,
     merges: &[String],
 ) -> Result<tokenizers::Tokenizer, TokenizerError> {
     let malformed = |error: tokenizers::Error| TokenizerError::Malformed(error.to_string());
-    let vocab: Vocab = (0..).zip(tokens).map(|(id, token)| (token.clone(), id)).collect();
     let bpe = BPE::builder()
-        .vocab_and_merges(vocab, pairs(tokens, merges)?)
-        .ignore_merges(pre == Pre::Llama3)
+        .vocab_and_merges(words.vocab(), pairs(words.tokens, merges)?)
+        .ignore_merges(pre.ignores_merges())
         .build()
         .map_err(malformed)?;
     let mut inner = tokenizers::Tokenizer::new(bpe);
     inner.with_pre_tokenizer(Some(pre.splitter().map_err(malformed)?));
     // Not used here; a `tokenizer.json` written from this one needs it.
     inner.with_decoder(Some(ByteLevel::default()));
-    let added: Vec<AddedToken> = tokens
-        .iter()
-        .zip(types)
-        .filter(|(token, kind)| matches!(**kind, CONTROL | USER_DEFINED) && !token.is_empty())
-        .map(|(token, kind)| AddedToken::from(token, *kind == CONTROL).normalized(false))
-        .collect();
-    inner.add_tokens(added).map_err(malformed)?;
+    inner.add_tokens(words.added()).map_err(malformed)?;
     inner.with_normalizer(None::<NormalizerWrapper>).map_err(malformed)?;
     Ok(inner)
 }
@@ -139,12 +194,14 @@ fn pairs(tokens: &[String], merges: &[String]) -> Result<Merges, TokenizerError>
         .collect()
 }
 
-fn vocabulary(tokens: &[String], types: &[i64]) -> Vocabulary {
+fn vocabulary(words: &Words<'_>) -> Vocabulary {
     let mut vocabulary = Vocabulary::default();
-    for ((id, token), kind) in (0..).zip(tokens).zip(types) {
-        match *kind {
+    for (id, token, kind) in words.iter() {
+        match kind {
             UNUSED => {}
-            CONTROL | USER_DEFINED => vocabulary.insert(id, token.as_bytes(), *kind == CONTROL),
+            CONTROL | UNKNOWN | USER_DEFINED => {
+                vocabulary.insert(id, token.as_bytes(), kind != USER_DEFINED);
+            }
             _ => vocabulary.insert(id, &Spelling::ByteLevel.bytes(token), false),
         }
     }
@@ -154,14 +211,15 @@ fn vocabulary(tokens: &[String], types: &[i64]) -> Vocabulary {
 impl Pre {
     fn of(name: &str) -> Result<Self, TokenizerError> {
         match name {
-            "gpt-2" | "gpt2" => Ok(Self::Gpt2),
-            "smollm" => Ok(Self::SmolLm),
-            "llama-bpe" | "llama3" | "llama-v3" => Ok(Self::Llama3),
-            "qwen2" => Ok(Self::Qwen2),
+            "gpt-2" | "gpt2" | "phi-2" | "mpt" | "olmo" => Ok(Self::Gpt2),
+            "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" => Ok(Self::SmolLm),
+            "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "pixtral" => Ok(Self::Llama3),
+            "qwen2" | "deepseek-r1-qwen" => Ok(Self::Qwen2),
+            "tekken" => Ok(Self::Tekken),
             other => Err(TokenizerError::Unsupported {
                 key: PRE,
                 value: other.to_owned(),
-                known: "gpt-2, smollm, llama-bpe, qwen2",
+                known: "gpt-2, smollm, llama-bpe, qwen2, tekken",
             }),
         }
     }
@@ -179,7 +237,18 @@ impl Pre {
             Self::SmolLm => Ok(Sequence::new(vec![Digits::new(true).into(), gpt2()]).into()),
             Self::Llama3 => by(LLAMA3_SPLIT),
             Self::Qwen2 => by(QWEN2_SPLIT),
+            Self::Tekken => by(TEKKEN_SPLIT),
         }
+    }
+
+    /// A piece that is a token is that token, whatever merges would make of it.
+    fn ignores_merges(self) -> bool {
+        matches!(self, Self::Llama3 | Self::Tekken)
+    }
+
+    /// Whether texts begin with the start token where the file does not say.
+    fn starts_texts(self) -> bool {
+        matches!(self, Self::Llama3 | Self::Tekken)
     }
 }
 
@@ -208,7 +277,7 @@ mod tests {
 
     #[test]
     fn a_small_vocabulary_is_merged_split_and_decoded() {
-        for pre in ["gpt-2", "smollm", "llama-bpe", "qwen2"] {
+        for pre in ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken"] {
             let tokenizer = Tokenizer::from_gguf(&file(pre, |_| {})).unwrap();
             let ids = tokenizer.encode("ab é12<|end|>", true).unwrap();
             assert_eq!(ids, [3, 4, 5, 6, 7, 8, 0], "{pre}");
@@ -247,8 +316,12 @@ mod tests {
         };
         let merges = |merge: &str| with(MERGES, Some(Value::Strings(vec![merge.to_owned()])));
         assert!(with(TOKENS, None).contains("has no `tokenizer.ggml.tokens`"));
-        assert!(with(MODEL, Some(Value::String("llama".into()))).contains("not available yet"));
-        assert!(with(PRE, Some(Value::String("tekken".into()))).contains("known: gpt-2, smollm"));
+        assert!(with(MODEL, Some(Value::String("t5".into()))).contains("known: gpt2, llama"));
+        assert!(
+            with(MODEL, Some(Value::String("llama".into())))
+                .contains("has no `tokenizer.ggml.scores`")
+        );
+        assert!(with(PRE, Some(Value::String("viking".into()))).contains("known: gpt-2, smollm"));
         assert!(with(TYPES, Some(Value::Ints(vec![1]))).contains("10 tokens have 1 types"));
         assert!(with(ENDS[0], Some(Value::U64(10))).contains("there are 10 tokens"));
         assert!(with(ENDS[0], Some(Value::U64(u64::MAX))).contains("there are 10 tokens"));

@@ -1,13 +1,15 @@
 //! A tokenizer from a Hugging Face folder: `tokenizer.json`, and beside it `tokenizer_config.json`,
 //! `generation_config.json`, `config.json` and `chat_template.jinja` for what that file leaves out.
 
+mod outline;
+
 use std::collections::HashMap;
 use std::path::Path;
 
-use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Parts, Spelling, Tokenizer, TokenizerError, Vocabulary, check_merge};
+use super::{Parts, Spelling, Tokenizer, TokenizerError, Vocabulary};
+use outline::Outline;
 
 /// Ids above this are a mistake: the table of bytes has one entry an id.
 const LARGEST_ID: u32 = 1 << 24;
@@ -23,14 +25,17 @@ impl Tokenizer {
         let malformed = |error: &dyn std::fmt::Display| {
             TokenizerError::Malformed(format!("{}: {error}", path.display()))
         };
-        let outline: Outline = serde_json::from_str(&text).map_err(|error| malformed(&error))?;
+        let outline: Outline<'_> =
+            serde_json::from_str(&text).map_err(|error| malformed(&error))?;
         outline.check_merges()?;
         let spelling = outline.spelling()?;
         let inner = tokenizers::Tokenizer::from_bytes(&text).map_err(|error| malformed(&error))?;
         let vocabulary = vocabulary(&inner, spelling)?;
         let settings = Settings::read(folder)?;
+        let (prefix, suffix) = surroundings(&inner)?;
         Ok(Self::new(Parts {
-            prefix: prefix(&inner)?,
+            prefix,
+            suffix,
             eos: settings.eos_ids(&inner),
             bos_token: settings.token("bos_token"),
             eos_token: settings.token("eos_token"),
@@ -38,56 +43,6 @@ impl Tokenizer {
             inner,
             vocabulary,
         }))
-    }
-}
-
-/// The parts of `tokenizer.json` that are looked at here.
-#[derive(Deserialize)]
-struct Outline {
-    model: Value,
-    #[serde(default)]
-    decoder: Value,
-}
-
-impl Outline {
-    fn check_merges(&self) -> Result<(), TokenizerError> {
-        let Some(vocab) = self.model["vocab"].as_object() else { return Ok(()) };
-        let longest = vocab.keys().map(String::len).max().unwrap_or(0);
-        for merge in self.model["merges"].as_array().into_iter().flatten() {
-            match merge {
-                Value::String(merge) => {
-                    let (left, right) = merge.split_once(' ').unwrap_or((merge, ""));
-                    check_merge(longest, left, right)?;
-                }
-                Value::Array(pair) => {
-                    let part = |at: usize| pair.get(at).and_then(Value::as_str).unwrap_or("");
-                    check_merge(longest, part(0), part(1))?;
-                }
-                // The library refuses it by itself.
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
-    fn spelling(&self) -> Result<Spelling, TokenizerError> {
-        let listed = self.decoder["decoders"].as_array().into_iter().flatten();
-        let kinds: Vec<&str> = std::iter::once(&self.decoder)
-            .chain(listed)
-            .filter_map(|decoder| decoder["type"].as_str())
-            .collect();
-        let has = |kind| kinds.contains(&kind);
-        if has("ByteLevel") {
-            Ok(Spelling::ByteLevel)
-        } else if has("ByteFallback") || has("Metaspace") {
-            Ok(Spelling::SentencePiece)
-        } else {
-            Err(TokenizerError::Unsupported {
-                key: "decoder",
-                value: if kinds.is_empty() { "none".to_owned() } else { kinds.join(", ") },
-                known: "ByteLevel, ByteFallback, Metaspace",
-            })
-        }
     }
 }
 
@@ -114,20 +69,22 @@ fn check_id(id: u32) -> Result<(), TokenizerError> {
     Ok(())
 }
 
-/// What the post-processor puts before a text.
-fn prefix(inner: &tokenizers::Tokenizer) -> Result<Vec<u32>, TokenizerError> {
+/// What the post-processor puts before and after a text.
+fn surroundings(inner: &tokenizers::Tokenizer) -> Result<(Vec<u32>, Vec<u32>), TokenizerError> {
     let ids = |add_special| {
         let encoding = inner.encode_fast("a", add_special);
         encoding.map(|encoding| encoding.get_ids().to_vec())
     };
     let malformed = |error: tokenizers::Error| TokenizerError::Malformed(error.to_string());
     let (with, without) = (ids(true).map_err(malformed)?, ids(false).map_err(malformed)?);
-    match with.strip_suffix(&without[..]) {
-        Some(prefix) => Ok(prefix.to_vec()),
+    let places = with.len().checked_sub(without.len()).map_or(0..0, |most| 0..most + 1);
+    let mut places = places.filter(|at| with[*at..].starts_with(&without));
+    match places.next() {
+        Some(at) => Ok((with[..at].to_vec(), with[at + without.len()..].to_vec())),
         None => Err(TokenizerError::Unsupported {
             key: "post_processor",
-            value: "tokens after the text".to_owned(),
-            known: "tokens before the text",
+            value: "one that changes the text".to_owned(),
+            known: "tokens before and after the text",
         }),
     }
 }
