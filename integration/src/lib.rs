@@ -13,6 +13,7 @@ pub mod oracle;
 pub mod process;
 pub mod relay;
 pub mod scrape;
+pub mod tiny_gguf;
 pub mod tiny_model;
 pub mod tokenizer_json;
 pub mod weights;

@@ -1,8 +1,10 @@
-//! An independent f32 forward pass of a Llama: what the worker's log-probabilities are measured against.
+//! An independent f32 forward pass of a Llama, Qwen2 or Qwen3: what the worker's log-probabilities are measured against.
 //!
 //! Straightforward on purpose: dequantised f32 weights, plain loops, no paging, no batching. It shares nothing
 //! with the worker but the GGUF header reader, and keeps GGUF's own order of Q and K rows (rotating neighbouring
 //! pairs), so that the worker's re-ordering is checked too.
+
+mod frequencies;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -37,6 +39,10 @@ struct Block {
     q: Matrix,
     k: Matrix,
     v: Matrix,
+    /// Of queries, keys and values.
+    biases: Option<[Matrix; 3]>,
+    /// Of a query's head and of a key's.
+    head_norms: Option<[Matrix; 2]>,
     o: Matrix,
     ffn_norm: Matrix,
     gate: Matrix,
@@ -50,7 +56,8 @@ pub struct Oracle {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
-    theta: f64,
+    /// Angle of each pair at position 1.
+    frequencies: Vec<f64>,
     eps: f32,
     pairing: Pairing,
     embedding: Matrix,
@@ -94,7 +101,7 @@ pub struct Step {
 }
 
 impl Oracle {
-    /// A `.gguf` file of architecture `llama`.
+    /// A `.gguf` file of architecture `llama`, `qwen2` or `qwen3`.
     ///
     /// # Errors
     /// When a tensor or setting is missing or of a type not known here.
@@ -107,6 +114,9 @@ impl Oracle {
                 q: get("attn_q")?,
                 k: get("attn_k")?,
                 v: get("attn_v")?,
+                biases: all(["q", "k", "v"]
+                    .map(|part| file.matrix(&format!("blk.{i}.attn_{part}.bias")).ok())),
+                head_norms: all(["q", "k"].map(|part| get(&format!("attn_{part}_norm")).ok())),
                 o: get("attn_output")?,
                 ffn_norm: get("ffn_norm")?,
                 gate: get("ffn_gate")?,
@@ -118,10 +128,13 @@ impl Oracle {
         Ok(Self {
             heads,
             kv_heads: file.number("attention.head_count_kv")?,
-            head_dim: file.number("embedding_length")? / heads,
-            theta: f64::from(file.float("rope.freq_base")?),
+            head_dim: file.head_dim()?,
+            frequencies: frequencies::of_gguf(&file)?,
             eps: file.float("attention.layer_norm_rms_epsilon")?,
-            pairing: Pairing::Neighbours,
+            pairing: match file.architecture() {
+                "llama" => Pairing::Neighbours,
+                _ => Pairing::Halves,
+            },
             embedding: file.matrix("token_embd.weight")?,
             blocks: (0..file.number("block_count")?).map(block).collect::<Result<_>>()?,
             norm: file.matrix("output_norm.weight")?,
@@ -139,14 +152,20 @@ impl Oracle {
         let float = |key: &str| config[key].as_f64().with_context(|| format!("no `{key}`"));
         let number = |key: &str| float(key).map(|n| n as usize);
         let mut tensors = read_folder(folder)?;
-        let mut take = |name: &str| take(&mut tensors, name);
         let blocks = (0..number("num_hidden_layers")?).map(|i| -> Result<Block> {
-            let mut get = |name: &str| take(&format!("model.layers.{i}.{name}.weight"));
+            let mut attention =
+                |name: &str| tensors.remove(&format!("model.layers.{i}.self_attn.{name}"));
+            let biases = all(["q_proj.bias", "k_proj.bias", "v_proj.bias"].map(&mut attention));
+            let head_norms = all(["q_norm.weight", "k_norm.weight"].map(&mut attention));
+            let mut get =
+                |name: &str| take(&mut tensors, &format!("model.layers.{i}.{name}.weight"));
             Ok(Block {
                 attn_norm: get("input_layernorm")?,
                 q: get("self_attn.q_proj")?,
                 k: get("self_attn.k_proj")?,
                 v: get("self_attn.v_proj")?,
+                biases,
+                head_norms,
                 o: get("self_attn.o_proj")?,
                 ffn_norm: get("post_attention_layernorm")?,
                 gate: get("mlp.gate_proj")?,
@@ -155,12 +174,13 @@ impl Oracle {
             })
         });
         let blocks = blocks.collect::<Result<_>>()?;
+        let mut take = |name: &str| take(&mut tensors, name);
         let tied = config["tie_word_embeddings"] == true;
         Ok(Self {
             heads: number("num_attention_heads")?,
             kv_heads: number("num_key_value_heads")?,
             head_dim: number("head_dim")?,
-            theta: float("rope_theta")?,
+            frequencies: frequencies::of_hf(&config, number("head_dim")?)?,
             eps: float("rms_norm_eps")? as f32,
             pairing: Pairing::Halves,
             embedding: take("model.embed_tokens.weight")?,
@@ -210,8 +230,7 @@ impl Oracle {
     fn rotate(&self, head: &mut [f32], position: usize) {
         let half = self.head_dim / 2;
         for i in 0..half {
-            let frequency = self.theta.powf(-(2.0 * i as f64) / self.head_dim as f64);
-            let (sin, cos) = (position as f64 * frequency).sin_cos();
+            let (sin, cos) = (position as f64 * self.frequencies[i]).sin_cos();
             let (sin, cos) = (sin as f32, cos as f32);
             let (a, b) = match self.pairing {
                 Pairing::Neighbours => (2 * i, 2 * i + 1),
@@ -260,6 +279,13 @@ impl Reading<'_> {
         let mut q = multiply(&block.q, x);
         let mut k = multiply(&block.k, x);
         let mut v = multiply(&block.v, x);
+        for (rows, bias) in [&mut q, &mut k, &mut v].into_iter().zip(block.biases.iter().flatten())
+        {
+            rows.chunks_exact_mut(bias.values.len()).for_each(|row| add(row, &bias.values));
+        }
+        for (rows, weight) in [&mut q, &mut k].into_iter().zip(block.head_norms.iter().flatten()) {
+            *rows = norm(rows, weight, o.eps);
+        }
         for (rows, row) in [(&mut q, width), (&mut k, kv_width)] {
             for (t, token) in rows.chunks_exact_mut(row).enumerate() {
                 for head in token.chunks_exact_mut(o.head_dim) {
@@ -332,6 +358,11 @@ fn distance(ours: &[f32], theirs: &[f32], head_dim: usize) -> f32 {
         apart.fold(0.0, f32::max) / largest
     });
     distance.fold(0.0, f32::max)
+}
+
+/// All or none of them.
+fn all<const N: usize>(parts: [Option<Matrix>; N]) -> Option<[Matrix; N]> {
+    parts.into_iter().collect::<Option<Vec<_>>>()?.try_into().ok()
 }
 
 fn take(tensors: &mut BTreeMap<String, Matrix>, name: &str) -> Result<Matrix> {

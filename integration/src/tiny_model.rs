@@ -1,5 +1,5 @@
-//! Checkpoints for tests, as Hugging Face folders: seeded random Llamas of any small shape, and a GGUF model
-//! dequantised to bf16.
+//! Checkpoints for tests, as Hugging Face folders: seeded random Llamas and Qwens of any small shape, and a GGUF
+//! model dequantised to bf16. `tiny_gguf` writes the same tiny models as GGUF files.
 //!
 //! A tiny model says nothing sensible, but its greedy text varies and its choices are clear, so that equality of
 //! texts means something. Its tokenizer knows all 256 bytes and no emoji: each takes several tokens.
@@ -18,7 +18,9 @@ use crate::weights::{GgufFile, Matrix};
 /// `<|im_end|>`: ends a text. A tiny model never says it unless [`TinyModel::chain`] makes it.
 pub const EOS: u32 = 2;
 /// `<|im_start|>`.
-const BOS: u32 = 1;
+pub(crate) const BOS: u32 = 1;
+/// How far a tiny Mistral looks back.
+pub const MISTRAL_WINDOW: u32 = 256;
 const SPECIAL: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
 /// How strongly a chain's next token is preferred.
 const CHAIN: f32 = 4.0;
@@ -34,9 +36,59 @@ pub enum TinyDtype {
     Bf16,
 }
 
-/// Shape and seed of a random Llama; the same values give the same bytes.
+/// What a tiny model has beside a plain Llama.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TinyArchitecture {
+    /// Nothing.
+    #[default]
+    Llama,
+    /// A window of [`MISTRAL_WINDOW`] tokens.
+    Mistral,
+    /// Biases of queries, keys and values.
+    Qwen2,
+    /// Norms of the heads of queries and keys.
+    Qwen3,
+}
+
+impl TinyArchitecture {
+    fn class(self) -> &'static str {
+        match self {
+            Self::Llama => "LlamaForCausalLM",
+            Self::Mistral => "MistralForCausalLM",
+            Self::Qwen2 => "Qwen2ForCausalLM",
+            Self::Qwen3 => "Qwen3ForCausalLM",
+        }
+    }
+
+    /// GGUF's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Llama | Self::Mistral => "llama",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+        }
+    }
+}
+
+/// RoPE scaling of a tiny model.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum TinyRope {
+    /// None.
+    #[default]
+    Plain,
+    /// All pairs turn slower by this.
+    Linear(f32),
+    /// As Llama 3.1: slow pairs turn slower by 8, made for 64 tokens.
+    Llama3,
+}
+
+/// Shape and seed of a random model; the same values give the same bytes.
 #[derive(Clone, Debug)]
 pub struct TinyModel {
+    /// What it has beside a plain Llama.
+    pub architecture: TinyArchitecture,
+    /// How positions are told.
+    pub rope: TinyRope,
     /// Transformer blocks.
     pub layers: u32,
     /// Width of the residual stream.
@@ -66,6 +118,8 @@ impl Default for TinyModel {
     /// 3 blocks, 8 heads of 16, 4 KV heads, 512 ids, 4,096 tokens: some 0.7 M parameters.
     fn default() -> Self {
         Self {
+            architecture: TinyArchitecture::Llama,
+            rope: TinyRope::Plain,
             layers: 3,
             hidden: 128,
             ffn: 256,
@@ -99,20 +153,35 @@ impl TinyModel {
     }
 
     fn config(&self) -> Value {
-        json!({
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        let mut config = json!({
+            "architectures": [self.architecture.class()], "hidden_act": "silu",
             "hidden_size": self.hidden, "intermediate_size": self.ffn,
             "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
             "vocab_size": self.vocab, "max_position_embeddings": self.max_len,
-            "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": null,
+            "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": self.rope_scaling(),
             "attention_bias": false, "mlp_bias": false, "tie_word_embeddings": false,
             "bos_token_id": BOS, "eos_token_id": EOS,
-        })
+        });
+        if self.architecture == TinyArchitecture::Mistral {
+            config["sliding_window"] = json!(MISTRAL_WINDOW);
+        }
+        config
+    }
+
+    fn rope_scaling(&self) -> Value {
+        match self.rope {
+            TinyRope::Plain => Value::Null,
+            TinyRope::Linear(factor) => json!({ "rope_type": "linear", "factor": factor }),
+            TinyRope::Llama3 => json!({
+                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+            }),
+        }
     }
 
     /// Merges: a space before a letter, two letters, then pairs of letters before a third.
-    fn tokenizer(&self) -> Result<ByteLevel> {
+    pub(crate) fn tokenizer(&self) -> Result<ByteLevel> {
         let mut tokens: Vec<String> = SPECIAL.map(str::to_owned).to_vec();
         tokens.extend((0..=255).map(|b| byte_char(b).to_string()));
         let room = (self.vocab as usize).checked_sub(tokens.len());
@@ -128,8 +197,11 @@ impl TinyModel {
         Ok(ByteLevel { tokens, special: vec![0, BOS, EOS], merges, single_digits: false })
     }
 
-    fn tensors(&self) -> Vec<(String, Matrix)> {
+    /// Names as Hugging Face's.
+    pub(crate) fn tensors(&self) -> Vec<(String, Matrix)> {
         let mut random = Random(self.seed);
+        // Apart, so that a model has the same matrices whatever its architecture.
+        let mut switches = Random(!self.seed);
         let (hidden, ffn) = (self.hidden as usize, self.ffn as usize);
         let (query, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let (query, kv, vocab) = (query as usize, kv as usize, self.vocab as usize);
@@ -137,7 +209,8 @@ impl TinyModel {
         let mut out = Vec::new();
         for i in 0..self.layers {
             let mut put = |name: &str, tensor: Matrix| {
-                out.push((format!("model.layers.{i}.{name}.weight"), tensor));
+                let ending = if name.ends_with("bias") { "" } else { ".weight" };
+                out.push((format!("model.layers.{i}.{name}{ending}"), tensor));
             };
             // Wide enough that attention has favourites and that blocks move the stream, not so wide that the
             // input token is forgotten.
@@ -146,6 +219,23 @@ impl TinyModel {
             put("self_attn.q_proj", random.matrix(query, hidden, fan_in(hidden, 1.5)));
             put("self_attn.k_proj", random.matrix(kv, hidden, fan_in(hidden, 1.5)));
             put("self_attn.v_proj", random.matrix(kv, hidden, fan_in(hidden, 1.0)));
+            match self.architecture {
+                TinyArchitecture::Llama | TinyArchitecture::Mistral => {}
+                TinyArchitecture::Qwen2 => {
+                    for (part, width) in [("q", query), ("k", kv), ("v", kv)] {
+                        let bias = switches.matrix(1, width, 0.5);
+                        put(&format!("self_attn.{part}_proj.bias"), bias);
+                    }
+                }
+                TinyArchitecture::Qwen3 => {
+                    for part in ["q", "k"] {
+                        let mut norm = switches.norm(self.head_dim as usize);
+                        // Normalised heads have length 1 an element; that alone has no favourites.
+                        norm.values.iter_mut().for_each(|x| *x *= 1.5);
+                        put(&format!("self_attn.{part}_norm"), norm);
+                    }
+                }
+            }
             put("self_attn.o_proj", random.matrix(hidden, query, fan_in(query, 1.0)));
             put("post_attention_layernorm", random.norm(hidden));
             put("mlp.gate_proj", random.matrix(ffn, hidden, fan_in(hidden, 1.0)));
@@ -184,7 +274,7 @@ pub fn dequantise_gguf(path: &Path, folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder)?;
     let file = GgufFile::open(path)?;
     let heads = file.number("attention.head_count")?;
-    let head_dim = file.number("embedding_length")? / heads;
+    let head_dim = file.head_dim()?;
     let mut tensors = vec![
         ("model.embed_tokens.weight".to_owned(), file.matrix("token_embd.weight")?),
         ("model.norm.weight".to_owned(), file.matrix("output_norm.weight")?),
@@ -219,7 +309,8 @@ pub fn dequantise_gguf(path: &Path, folder: &Path) -> Result<()> {
     write_tensors(folder, &tensors, TinyDtype::Bf16)
 }
 
-const BLOCK: [(&str, &str); 9] = [
+/// What GGUF and Hugging Face call the tensors of a block.
+pub(crate) const BLOCK: [(&str, &str); 9] = [
     ("attn_norm", "input_layernorm"),
     ("attn_q", "self_attn.q_proj"),
     ("attn_k", "self_attn.k_proj"),
@@ -268,6 +359,11 @@ fn write_config(folder: &Path, config: &Value) -> Result<()> {
     Ok(std::fs::write(folder.join("config.json"), serde_json::to_vec_pretty(config)?)?)
 }
 
+/// Whether a tensor has one dimension.
+pub(crate) fn is_vector(name: &str) -> bool {
+    name.ends_with("norm.weight") || name.ends_with(".bias")
+}
+
 fn write_tensors(folder: &Path, tensors: &[(String, Matrix)], dtype: TinyDtype) -> Result<()> {
     let encode = |m: &Matrix| -> Vec<u8> {
         match dtype {
@@ -287,8 +383,7 @@ fn write_tensors(folder: &Path, tensors: &[(String, Matrix)], dtype: TinyDtype) 
     };
     let encoded: Vec<Vec<u8>> = tensors.iter().map(|(_, m)| encode(m)).collect();
     let views = tensors.iter().zip(&encoded).map(|((name, m), bytes)| {
-        let is_norm = name.ends_with("norm.weight") || name.ends_with("layernorm.weight");
-        let shape = if is_norm { vec![m.cols] } else { vec![m.rows, m.cols] };
+        let shape = if is_vector(name) { vec![m.cols] } else { vec![m.rows, m.cols] };
         TensorView::new(kind, shape, bytes).map(|view| (name.clone(), view))
     });
     let views = views.collect::<Result<Vec<_>, _>>()?;

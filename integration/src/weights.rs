@@ -73,22 +73,40 @@ impl GgufFile {
         Ok(Matrix { rows, cols, values })
     }
 
-    /// The settings of architecture `llama`, as whole numbers.
+    /// `llama`, `qwen2`, `qwen3`.
+    pub fn architecture(&self) -> &str {
+        self.header.string("general.architecture").unwrap_or_default()
+    }
+
+    fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.architecture())
+    }
+
+    /// A setting of the architecture, as a whole number.
     ///
     /// # Errors
     /// When it is missing.
     pub fn number(&self, name: &str) -> Result<usize> {
-        let value = self.header.u64(&format!("llama.{name}"));
-        Ok(value.with_context(|| format!("no `llama.{name}`"))? as usize)
+        let value = self.header.u64(&self.key(name));
+        Ok(value.with_context(|| format!("no `{}`", self.key(name)))? as usize)
     }
 
-    /// The settings of architecture `llama`, as floating-point numbers.
+    /// A setting of the architecture, as a floating-point number.
     ///
     /// # Errors
     /// When it is missing.
     pub fn float(&self, name: &str) -> Result<f32> {
-        let value = self.header.f64(&format!("llama.{name}"));
-        Ok(value.with_context(|| format!("no `llama.{name}`"))? as f32)
+        let value = self.header.f64(&self.key(name));
+        Ok(value.with_context(|| format!("no `{}`", self.key(name)))? as f32)
+    }
+
+    /// Elements of a head.
+    ///
+    /// # Errors
+    /// When a setting is missing.
+    pub fn head_dim(&self) -> Result<usize> {
+        let width = self.number("embedding_length")? / self.number("attention.head_count")?;
+        Ok(self.number("attention.key_length").unwrap_or(width))
     }
 }
 

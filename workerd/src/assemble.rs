@@ -16,8 +16,8 @@ use baton_shared::os;
 use baton_shared::wire::auth::Keys;
 
 use crate::api::worker::{Limits, Worker, unix_seconds};
-use crate::backend::Backend;
 use crate::backend::cpu::{CpuBackend, CpuOptions, Simd};
+use crate::backend::{Backend, warm_up};
 use crate::config::{Secret, WorkerConfig, not_yet};
 use crate::engine::{EngineConfig, EngineHandle, Parts, StepPace, engine};
 use crate::handover::PeerAddress;
@@ -25,7 +25,7 @@ use crate::handover::mover::{Mover, MoverHandle, MoverRegions, MoverSettings, Op
 use crate::handover::nixl::{AgentRole, NixlLibrary, NixlSettings, NixlTransport, agent_name};
 use crate::kv::region::{EpochPage, KvRegion};
 use crate::metrics::Metrics;
-use crate::model::{self, Model, ModelSpec};
+use crate::model::{self, ModelError, ModelFiles, ModelSpec, Source};
 use crate::text::model::ModelTexts;
 
 /// A worker that can be served, and what must be ended after it.
@@ -53,13 +53,14 @@ pub fn assemble(config: &WorkerConfig, address: SocketAddr) -> Result<Assembled>
     refuse_hub_id(path)?;
     let begun = Instant::now();
     tracing::info!(path = %path.display(), "loading the model");
-    let model = model::load::load(path)?;
-    let texts = ModelTexts::open(path, &model.spec)
+    let mut files = model::open(path)?;
+    let spec = files.spec().clone();
+    let texts = ModelTexts::open(path, files.header(), &spec)
         .with_context(|| format!("the tokenizer of `{}`", path.display()))?;
-    let fingerprint = fingerprint_of(config, &model, &texts);
-    let backend = cpu_backend(config, &model)?;
-    let spec = model.spec.clone();
-    drop(model);
+    let fingerprint = fingerprint_of(config, &files, &texts)?;
+    let mut backend = cpu_backend(config, &mut files)?;
+    drop(files);
+    warm_up::warm_up(&mut backend).context("the first steps")?;
     tracing::info!(seconds = begun.elapsed().as_secs_f32(), simd = backend.simd(), "model ready");
     let incarnation = Incarnation::random();
     let id: WorkerId = address.to_string().parse()?;
@@ -182,10 +183,14 @@ fn nixl_settings(config: &WorkerConfig) -> NixlSettings {
     }
 }
 
-fn fingerprint_of(config: &WorkerConfig, model: &Model, texts: &ModelTexts) -> [u8; 32] {
-    let spec = &model.spec;
+fn fingerprint_of(
+    config: &WorkerConfig,
+    files: &ModelFiles,
+    texts: &ModelTexts,
+) -> Result<[u8; 32], ModelError> {
+    let spec = files.spec();
     let architecture = Architecture {
-        name: &spec.architecture,
+        name: spec.architecture.name(),
         layers: spec.layers,
         hidden: spec.hidden,
         ffn: spec.ffn,
@@ -194,17 +199,18 @@ fn fingerprint_of(config: &WorkerConfig, model: &Model, texts: &ModelTexts) -> [
         head_dim: spec.head_dim,
         vocab: spec.vocab,
         rope_theta: spec.rope_theta,
+        rope_factors: &spec.rope_factors,
         rms_eps: spec.rms_eps,
     };
     let revision = match &config.model_revision {
         Some(revision) => Revision::Configured(revision),
-        None => Revision::Content(model.content_hash),
+        None => Revision::Content(files.content_hash()?),
     };
-    fingerprint(&architecture, texts.hash(), KvDtype::Bf16, revision)
+    Ok(fingerprint(&architecture, texts.hash(), KvDtype::Bf16, revision))
 }
 
-fn cpu_backend(config: &WorkerConfig, model: &Model) -> Result<CpuBackend> {
-    let spec = &model.spec;
+fn cpu_backend(config: &WorkerConfig, files: &mut ModelFiles) -> Result<CpuBackend> {
+    let spec = files.spec();
     let block_tokens = config.kv.block_tokens;
     let vectors = u64::from(spec.layers) * u64::from(spec.kv_heads) * 2 * u64::from(block_tokens);
     let block_bytes = vectors * u64::from(spec.head_dim) * KvDtype::Bf16.bytes();
@@ -229,7 +235,7 @@ fn cpu_backend(config: &WorkerConfig, model: &Model) -> Result<CpuBackend> {
         block_tokens,
         simd: Simd::Auto,
     };
-    Ok(CpuBackend::new(model, &options)?)
+    Ok(CpuBackend::load(files, &options)?)
 }
 
 /// Tokens of a step on the CPU at most, where time allows so many.
@@ -257,10 +263,15 @@ fn step_pace(spec: &ModelSpec, threads: usize) -> StepPace {
 fn limits(config: &WorkerConfig, spec: &ModelSpec, pool: &KvRegion) -> Limits {
     let block_tokens = pool.layout.block_tokens;
     let leasable = f64::from(pool.layout.blocks) * config.max_leased_fraction();
+    let longest = spec.longest();
     let max_len = match config.engine.max_model_len {
-        0 => spec.max_len,
-        limit => limit.min(spec.max_len),
+        0 => longest,
+        limit => limit.min(longest),
     };
+    if config.engine.max_model_len > longest {
+        let asked = config.engine.max_model_len;
+        tracing::warn!(asked, longest, "`engine.max_model_len` is more than the model can do");
+    }
     Limits {
         max_len,
         pool_tokens: pool.layout.blocks.saturating_mul(block_tokens),

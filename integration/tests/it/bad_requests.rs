@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use baton_integration::tiny_model::{MISTRAL_WINDOW, TinyArchitecture, TinyRope};
 use serde_json::{Value, json};
 use toml::toml;
 
@@ -58,5 +59,24 @@ async fn what_cannot_be_served_is_a_4xx_that_names_the_member() {
     let unknown = with("a_member_of_tomorrow", json!({"x": [1, 2]}));
     assert_eq!(complete(client, &unknown, false).await.usage[1], 2, "unknown members are ignored");
     all_free(&running.cluster, Duration::from_secs(2)).await;
+    running.stop();
+}
+
+#[tokio::test]
+async fn a_text_longer_than_a_models_window_is_refused_and_one_that_fills_it_is_served() {
+    let model = tiny::of(TinyArchitecture::Mistral, TinyRope::Plain, "tiny-mistral");
+    let running = start(&model.path, 1, 1, toml::Table::new()).await;
+    let ask = |length: usize| {
+        let prompt = token_ids(1, length, model.vocab);
+        json!({"model": model.name, "prompt": prompt, "max_tokens": 2, "ignore_eos": true})
+    };
+    let window = MISTRAL_WINDOW as usize;
+    let client = running.cluster.client();
+    assert_eq!(complete(client, &ask(window - 2), false).await.usage[1], 2);
+    let answer = client.post("/v1/completions", &ask(window + 1)).await.unwrap();
+    assert_eq!(answer.status, 400);
+    assert_eq!(answer.error_code().unwrap(), "context_length_exceeded");
+    let body = String::from_utf8_lossy(&answer.body).into_owned();
+    assert!(body.contains(&format!("at most {}", window - 1)), "{body}");
     running.stop();
 }

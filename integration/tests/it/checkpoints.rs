@@ -1,7 +1,9 @@
 //! The checkpoints tests make: what the worker's loader and tokenizer read of them.
 
 use baton_integration::files::demo_model;
-use baton_integration::tiny_model::{EOS, TinyModel, dequantise_gguf};
+use baton_integration::tiny_model::{
+    EOS, TinyArchitecture, TinyDtype, TinyModel, TinyRope, dequantise_gguf,
+};
 use baton_shared::text::gguf::Gguf;
 use baton_shared::text::tokenizer::Tokenizer;
 use baton_workerd::model;
@@ -24,6 +26,35 @@ fn the_dequantised_demo_model_is_the_same_model() {
     assert_eq!(one.hash(), two.hash());
     let text = "12 crabs in 2024 🦀, don't they?\n\n<|im_end|>";
     assert_eq!(one.encode(text, true).unwrap(), two.encode(text, true).unwrap());
+}
+
+#[test]
+fn both_formats_of_a_tiny_model_are_one_model() {
+    for (architecture, rope) in [
+        (TinyArchitecture::Llama, TinyRope::Linear(3.0)),
+        (TinyArchitecture::Qwen2, TinyRope::Llama3),
+        (TinyArchitecture::Qwen3, TinyRope::Plain),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("tiny.gguf");
+        let tiny = TinyModel { architecture, rope, dtype: TinyDtype::F32, ..TinyModel::default() };
+        tiny.write(folder.path()).unwrap();
+        tiny.write_gguf(&file).unwrap();
+        let [mut one, mut two] = [folder.path(), &file].map(|path| model::load(path).unwrap());
+        let [a, b] = [&mut one, &mut two].map(|m| std::mem::take(&mut m.spec.rope_factors));
+        assert_eq!(a.len(), b.len());
+        assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-4), "{a:?} {b:?}");
+        assert_eq!(one.spec, two.spec);
+        for (one, two) in one.layers.iter().zip(&two.layers) {
+            assert_eq!(one.q.bytes, two.q.bytes);
+            assert_eq!(one.k.bytes, two.k.bytes);
+            assert_eq!(one.down.bytes, two.down.bytes);
+            assert_eq!((&one.qkv_bias, &one.qk_norm), (&two.qkv_bias, &two.qk_norm));
+        }
+        let one = Tokenizer::from_gguf(&Gguf::open(&file).unwrap()).unwrap();
+        let two = Tokenizer::from_file(&folder.path().join("tokenizer.json")).unwrap();
+        assert_eq!(one.hash(), two.hash());
+    }
 }
 
 #[test]

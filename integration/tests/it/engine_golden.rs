@@ -4,7 +4,9 @@ use std::path::Path;
 
 use baton_integration::files::demo_model;
 use baton_integration::oracle::{Cache, KvRounding, Oracle};
-use baton_integration::tiny_model::{TinyDtype, TinyModel, dequantise_gguf};
+use baton_integration::tiny_model::{
+    TinyArchitecture, TinyDtype, TinyModel, TinyRope, dequantise_gguf,
+};
 use baton_shared::id::BlockIndex;
 use baton_workerd::backend::Backend;
 use baton_workerd::backend::cpu::{CpuBackend, CpuOptions, Simd};
@@ -153,6 +155,80 @@ fn tiny_checkpoints_of_every_type_say_what_the_oracle_says() {
             let ids: Vec<u32> = (0..len).map(|i| 3 + (i * i + 7 * i) % 500).collect();
             assert_equal_over_the_same_cache(&mut engine, &oracle, &ids);
         }
+    }
+}
+
+/// One of each architecture and each way to tell positions.
+fn tiny_shapes() -> Vec<TinyModel> {
+    let shape = |architecture, rope| TinyModel {
+        architecture,
+        rope,
+        dtype: TinyDtype::F32,
+        ..TinyModel::default()
+    };
+    use TinyArchitecture::{Llama, Mistral, Qwen2, Qwen3};
+    vec![
+        shape(Mistral, TinyRope::Plain),
+        shape(Llama, TinyRope::Linear(4.0)),
+        shape(Llama, TinyRope::Llama3),
+        shape(Qwen2, TinyRope::Plain),
+        // Heads that are wider than the stream is, together, and seven queries a key.
+        TinyModel { heads: 7, kv_heads: 1, head_dim: 64, ..shape(Qwen2, TinyRope::Linear(2.0)) },
+        shape(Qwen3, TinyRope::Plain),
+        TinyModel { heads: 4, kv_heads: 2, head_dim: 128, ..shape(Qwen3, TinyRope::Llama3) },
+    ]
+}
+
+#[test]
+fn every_architecture_says_what_the_oracle_says_from_both_formats() {
+    for tiny in tiny_shapes() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("tiny.gguf");
+        tiny.write(folder.path()).unwrap();
+        tiny.write_gguf(&file).unwrap();
+        let oracle = Oracle::from_hf(folder.path()).unwrap();
+        let mut engines = [folder.path(), &file].map(|path| Engine::new(path, Simd::Auto));
+        for len in [1, 33, 250] {
+            let ids: Vec<u32> = (0..len).map(|i| 3 + (i * i + 7 * i) % 500).collect();
+            for engine in &mut engines {
+                assert_equal_over_the_same_cache(engine, &oracle, &ids);
+            }
+        }
+        let ids: Vec<u32> = (3..100).collect();
+        let expected = oracle.logprobs(&ids, KvRounding::F32);
+        // With that format's own order of rows and settings.
+        let other = Oracle::from_gguf(&file).unwrap().logprobs(&ids, KvRounding::F32);
+        assert!(quantile(&mut errors(&other, &expected), 1.0) <= 1e-3, "{tiny:?}");
+        // And it is no plain Llama's: what is switched on counts.
+        let plain = TinyModel {
+            architecture: TinyArchitecture::Llama,
+            rope: TinyRope::Plain,
+            ..tiny.clone()
+        };
+        if tiny.architecture == TinyArchitecture::Mistral {
+            continue;
+        }
+        plain.write(folder.path()).unwrap();
+        let plain = Oracle::from_hf(folder.path()).unwrap().logprobs(&ids, KvRounding::F32);
+        assert!(quantile(&mut errors(&expected, &plain), 1.0) > 0.1, "{tiny:?}");
+    }
+}
+
+#[test]
+fn every_architecture_gives_the_same_bits_on_every_tier_of_kernels() {
+    for tiny in tiny_shapes() {
+        let folder = tempfile::tempdir().unwrap();
+        tiny.write(folder.path()).unwrap();
+        let ids: Vec<u32> = (0..77).map(|i| 3 + (i * i + 7 * i) % 500).collect();
+        let [one, two] = [Simd::Auto, Simd::Scalar].map(|simd| {
+            let mut engine = Engine::new(folder.path(), simd);
+            let mut all = engine.begin(&ids);
+            all.extend(engine.step(None, &[5]).1);
+            let cache = engine.cache();
+            let bits = |all: &[f32]| all.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            (bits(&all), bits(&cache.keys.concat()), bits(&cache.values.concat()))
+        });
+        assert!(one == two, "{tiny:?}");
     }
 }
 

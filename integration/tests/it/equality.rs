@@ -5,6 +5,7 @@ use std::path::Path;
 
 use baton_integration::client::Client;
 use baton_integration::files;
+use baton_integration::tiny_model::{TinyArchitecture, TinyRope};
 use serde_json::{Value, json};
 
 use crate::support::{Outcome, Running, complete, start, token_ids};
@@ -62,6 +63,24 @@ async fn matrix(model: &Path, served: &str, vocab: u64, lengths: &[usize]) {
 async fn two_workers_answer_as_one_on_the_tiny_model() {
     let model = tiny::model(4);
     matrix(&model.path, &model.name, model.vocab, &[1, 31, 32, 33, 500, 2000]).await;
+}
+
+#[tokio::test]
+async fn two_workers_answer_as_one_on_a_qwen2_folder() {
+    let model = tiny::of(TinyArchitecture::Qwen2, TinyRope::Plain, "tiny-qwen2");
+    matrix(&model.path, &model.name, model.vocab, &[33, 500]).await;
+}
+
+#[tokio::test]
+async fn two_workers_answer_as_one_on_a_qwen3_file() {
+    let model = tiny::of(TinyArchitecture::Qwen3, TinyRope::Plain, "tiny-qwen3.gguf");
+    matrix(&model.path, &model.name, model.vocab, &[33, 500]).await;
+}
+
+#[tokio::test]
+async fn two_workers_answer_as_one_on_a_llama_with_scaled_positions() {
+    let model = tiny::of(TinyArchitecture::Llama, TinyRope::Llama3, "tiny-llama3.gguf");
+    matrix(&model.path, &model.name, model.vocab, &[33, 500]).await;
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-use baton_integration::tiny_model::TinyModel;
+use baton_integration::tiny_model::{TinyArchitecture, TinyModel, TinyRope};
 
 /// A tiny model on disk.
 pub struct Tiny {
@@ -13,16 +13,28 @@ pub struct Tiny {
     pub vocab: u64,
 }
 
-/// One with 4 or 8 KV heads.
+/// A Llama with 4 or 8 KV heads.
 pub fn model(kv_heads: u32) -> Tiny {
-    static WRITTEN: LazyLock<Mutex<HashSet<u32>>> = LazyLock::new(Mutex::default);
+    written(format!("tiny-{kv_heads}"), &TinyModel { kv_heads, ..TinyModel::default() })
+}
+
+/// One of another architecture, as a folder or (a name that ends in `.gguf`) a file.
+pub fn of(architecture: TinyArchitecture, rope: TinyRope, name: &str) -> Tiny {
+    written(name.to_owned(), &TinyModel { architecture, rope, ..TinyModel::default() })
+}
+
+fn written(name: String, tiny: &TinyModel) -> Tiny {
+    static WRITTEN: LazyLock<Mutex<HashSet<String>>> = LazyLock::new(Mutex::default);
     // Held while writing, so that nobody reads half a model.
     let mut written = WRITTEN.lock().unwrap_or_else(PoisonError::into_inner);
-    let name = format!("tiny-{kv_heads}");
     let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(&name);
-    let tiny = TinyModel { kv_heads, ..TinyModel::default() };
-    if written.insert(kv_heads) {
-        tiny.write(&path).unwrap();
+    let stem = name.strip_suffix(".gguf");
+    if written.insert(name.clone()) {
+        match stem {
+            None => tiny.write(&path).unwrap(),
+            Some(_) => tiny.write_gguf(&path).unwrap(),
+        }
     }
+    let name = stem.unwrap_or(&name).to_owned();
     Tiny { path, name, vocab: u64::from(tiny.vocab) }
 }

@@ -27,6 +27,8 @@ pub struct Architecture<'a> {
     pub vocab: u32,
     /// RoPE base.
     pub rope_theta: f32,
+    /// What the frequency of each pair of a head is divided by; empty = 1.
+    pub rope_factors: &'a [f32],
     /// RMSNorm epsilon.
     pub rms_eps: f32,
 }
@@ -62,6 +64,14 @@ pub fn fingerprint(
         architecture.rms_eps.to_bits(),
     ] {
         hash.update(number.to_le_bytes());
+    }
+    // Files of one model differ in the last digits, as they compute them in f32 or f64.
+    let rounded = |factor: &f32| (f64::from(*factor) * 1024.0).round() as u64;
+    if architecture.rope_factors.iter().any(|factor| rounded(factor) != 1024) {
+        piece(&mut hash, b"rope factors");
+        for factor in architecture.rope_factors {
+            hash.update(rounded(factor).to_le_bytes());
+        }
     }
     hash.update(tokenizer);
     piece(&mut hash, dtype.name().as_bytes());
@@ -103,6 +113,7 @@ mod tests {
         head_dim: 64,
         vocab: 49152,
         rope_theta: 100_000.0,
+        rope_factors: &[],
         rms_eps: 1e-5,
     };
 
@@ -122,6 +133,8 @@ mod tests {
             Architecture { head_dim: 65, ..LLAMA },
             Architecture { vocab: 49153, ..LLAMA },
             Architecture { rope_theta: 100_001.0, ..LLAMA },
+            Architecture { rope_factors: &[1.0, 2.0], ..LLAMA },
+            Architecture { rope_factors: &[2.0, 1.0], ..LLAMA },
             Architecture { rms_eps: 1e-6, ..LLAMA },
         ];
         let mut all: Vec<_> = others.iter().map(of).collect();
@@ -138,5 +151,12 @@ mod tests {
     #[test]
     fn gguf_and_hugging_face_name_the_same_model() {
         assert_eq!(of(&Architecture { name: "LlamaForCausalLM", ..LLAMA }), of(&LLAMA));
+    }
+
+    #[test]
+    fn rope_factors_of_one_and_differences_of_rounding_do_not_count() {
+        let with = |factors| of(&Architecture { rope_factors: factors, ..LLAMA });
+        assert_eq!(with(&[1.0, 1.0]), of(&LLAMA));
+        assert_eq!(with(&[1.0, 2.3]), with(&[1.0, 2.300_000_2]));
     }
 }

@@ -3,6 +3,7 @@
 pub mod conformance;
 pub mod cpu;
 pub mod fake;
+pub mod warm_up;
 
 use crate::engine::step::{StepOut, StepPlan};
 use crate::kv::region::KvRegion;

@@ -1,23 +1,24 @@
 //! `config.json` and `generation_config.json` of a Hugging Face folder → [`ModelSpec`].
+//!
+//! A missing member means what its absence means to the classes that wrote the file, or is an error where they
+//! disagree. What would change the results and is not computed here is an error.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::ModelSpec;
+use super::architecture::Architecture;
 use super::error::ModelError;
-use super::tensors::TensorFile;
-
-/// Longest configuration file, bytes.
-const LIMIT: u64 = 4 << 20;
+use super::members::Members;
+use super::rope::Llama3;
 
 /// Members that change the results, and the one value besides null that is computed here.
-const ONLY: &[(&str, Value)] = &[
-    ("attention_bias", Value::Bool(false)),
-    ("mlp_bias", Value::Bool(false)),
-    ("quantization_config", Value::Null),
-    ("sliding_window", Value::Null),
-];
+const ONLY: &[(&str, Value)] =
+    &[("mlp_bias", Value::Bool(false)), ("quantization_config", Value::Null)];
+
+/// The window of a Mistral whose file does not say: its class's default.
+const MISTRAL_WINDOW: u32 = 4096;
 
 /// What the folder's configuration says.
 #[derive(Debug)]
@@ -34,11 +35,14 @@ pub struct Config {
 /// [`ModelError`].
 pub fn read(folder: &Path) -> Result<Config, ModelError> {
     let config = Members::read(folder.join("config.json"))?;
-    config.check_supported()?;
+    let (class, architecture) = class(&config)?;
+    check_supported(&config, architecture)?;
     let heads = config.need("num_attention_heads")?;
     let hidden = config.need("hidden_size")?;
     let head_dim = match config.number("head_dim")? {
         Some(n) => n,
+        // The class's own default is 128, whatever the width.
+        None if architecture == Architecture::Qwen3 => config.need("head_dim")?,
         None if heads > 0 && hidden.is_multiple_of(heads) => hidden / heads,
         None => {
             let rule = format!("is {heads}, which does not divide `hidden_size` {hidden}");
@@ -52,139 +56,123 @@ pub fn read(folder: &Path) -> Result<Config, ModelError> {
     }
     eos_ids.sort_unstable();
     eos_ids.dedup();
+    let (rope_theta, rope_factors) = rope(&config, head_dim)?;
     let spec = ModelSpec {
-        architecture: "llama".into(),
+        architecture,
         layers: config.need("num_hidden_layers")?,
         hidden,
         ffn: config.need("intermediate_size")?,
         heads,
-        kv_heads: config.number("num_key_value_heads")?.unwrap_or(heads),
+        kv_heads: match config.number("num_key_value_heads")? {
+            Some(n) => n,
+            None if class == "LlamaForCausalLM" => heads,
+            None => config.need("num_key_value_heads")?,
+        },
         head_dim,
         vocab: config.need("vocab_size")?,
-        rope_theta: config.rope_theta()?,
-        rms_eps: config.float("rms_norm_eps")?.unwrap_or(1e-6),
+        rope_theta,
+        rope_factors,
+        rms_eps: config.float("rms_norm_eps")?.unwrap_or(1e-6) as f32,
         max_len: config.number("max_position_embeddings")?.unwrap_or(2048),
+        window: window(&config, &class)?,
         eos_ids,
     };
     spec.check().map_err(|(key, rule)| config.refuse(key, rule))?;
-    Ok(Config { spec, tied: config.flag("tie_word_embeddings")?.unwrap_or(false) })
+    Ok(Config { spec, tied: config.flag("tie_word_embeddings")? })
 }
 
-struct Members {
-    path: PathBuf,
-    members: Map<String, Value>,
+fn class(config: &Members) -> Result<(String, Architecture), ModelError> {
+    let found = config.get("architectures").cloned().unwrap_or_default();
+    let class = match found.as_array().map(Vec::as_slice) {
+        Some([Value::String(class)]) => Some(class),
+        _ => None,
+    };
+    let supported = class.and_then(|c| Some((c.clone(), Architecture::of_class(c)?)));
+    supported.ok_or_else(|| {
+        let rule = format!("is {found}, supported is one of {}", Architecture::classes());
+        config.refuse("architectures", rule)
+    })
 }
 
-impl Members {
-    fn read(path: PathBuf) -> Result<Self, ModelError> {
-        let file = TensorFile::open(&path)?;
-        if file.size() > LIMIT {
-            let rule = format!("is {} bytes long, the limit is {LIMIT}", file.size());
-            return Err(ModelError::file(&path, rule));
-        }
-        let bytes = file.read(0, file.size())?.unwrap_or_default();
-        match serde_json::from_slice(&bytes) {
-            Ok(members) => Ok(Self { path, members }),
-            Err(e) => Err(ModelError::file(&path, e.to_string())),
+fn check_supported(config: &Members, architecture: Architecture) -> Result<(), ModelError> {
+    match config.string("hidden_act")? {
+        None | Some("silu" | "swish") => {}
+        Some(other) => {
+            return Err(config.refuse("hidden_act", format!("is `{other}`, supported is `silu`")));
         }
     }
-
-    fn refuse(&self, key: &str, rule: impl Into<String>) -> ModelError {
-        ModelError::setting(&self.path, key, rule)
+    // A Qwen2's bias is on queries, keys and values only, whatever the file says; a Llama's is on the output too.
+    if !architecture.has_qkv_bias() && config.flag("attention_bias")? {
+        return Err(config.refuse("attention_bias", "is true, supported is false"));
     }
-
-    /// The member, null counting as absent.
-    fn get(&self, key: &str) -> Option<&Value> {
-        self.members.get(key).filter(|v| !v.is_null())
-    }
-
-    fn check_supported(&self) -> Result<(), ModelError> {
-        let architectures = self.get("architectures").cloned().unwrap_or_default();
-        if architectures != serde_json::json!(["LlamaForCausalLM"]) {
-            let rule = format!("is {architectures}, supported is [\"LlamaForCausalLM\"]");
-            return Err(self.refuse("architectures", rule));
-        }
-        match self.get("hidden_act").map(Value::as_str) {
-            None | Some(Some("silu" | "swish")) => {}
-            Some(_) => {
-                let rule = format!("is {}, supported is \"silu\"", self.members["hidden_act"]);
-                return Err(self.refuse("hidden_act", rule));
+    for (key, only) in ONLY {
+        match config.get(key) {
+            Some(found) if found != only => {
+                return Err(config.refuse(key, format!("is {found}, supported is {only}")));
             }
+            Some(_) | None => {}
         }
-        for (key, only) in ONLY {
-            match self.get(key) {
-                Some(found) if found != only => {
-                    return Err(self.refuse(key, format!("is {found}, supported is {only}")));
-                }
-                Some(_) | None => {}
+    }
+    let kinds = config.get("layer_types").and_then(Value::as_array).into_iter().flatten();
+    for kind in kinds {
+        if !["full_attention", "sliding_attention"].map(Value::from).contains(kind) {
+            let rule = format!(
+                "has {kind}, supported are `full_attention` and, within the window, `sliding_attention`"
+            );
+            return Err(config.refuse("layer_types", rule));
+        }
+    }
+    match config.float("partial_rotary_factor")? {
+        None | Some(1.0) => Ok(()),
+        Some(x) => Err(config.refuse("partial_rotary_factor", format!("is {x}, supported is 1"))),
+    }
+}
+
+/// RoPE's base and what frequencies are divided by. Older files have `rope_theta` beside, newer ones within
+/// `rope_parameters`.
+fn rope(config: &Members, head_dim: u32) -> Result<(f32, Vec<f32>), ModelError> {
+    let newer = config.object("rope_parameters")?;
+    let older = config.object("rope_scaling")?;
+    let within = newer.as_ref().map(|p| p.float("rope_theta")).transpose()?.flatten();
+    let theta = match within {
+        Some(theta) => theta,
+        None => config.float("rope_theta")?.unwrap_or(10_000.0),
+    } as f32;
+    let Some(scaling) = newer.or(older) else { return Ok((theta, Vec::new())) };
+    let pairs = (head_dim / 2) as usize;
+    let key = if scaling.has("rope_type") { "rope_type" } else { "type" };
+    let factors = match scaling.string(key)? {
+        Some("default") => Vec::new(),
+        Some("linear") => vec![scaling.need_positive("factor")? as f32; pairs],
+        Some("llama3") => {
+            let rule = Llama3 {
+                factor: scaling.need_positive("factor")?,
+                low: scaling.need_positive("low_freq_factor")?,
+                high: scaling.need_positive("high_freq_factor")?,
+                original_len: scaling.need_positive("original_max_position_embeddings")?,
+            };
+            if rule.low >= rule.high {
+                let rule = format!("is {}, not above `low_freq_factor`", rule.high);
+                return Err(scaling.refuse("high_freq_factor", rule));
             }
+            // A base that `check` refuses has no frequencies.
+            if theta >= 1.0 { rule.factors(theta, pairs) } else { Vec::new() }
         }
-        for key in ["rope_scaling", "rope_parameters"] {
-            let Some(found) = self.get(key) else { continue };
-            let kind = found.get("rope_type").or_else(|| found.get("type")).and_then(Value::as_str);
-            if kind != Some("default") {
-                let rule = format!("is {found}, supported is null or the type \"default\"");
-                return Err(self.refuse(key, rule));
-            }
+        found => {
+            let found = found.map_or("missing".to_owned(), |found| format!("`{found}`"));
+            let rule = format!("is {found}, supported are `default`, `linear` and `llama3`");
+            return Err(scaling.refuse(key, rule));
         }
-        match self.float("partial_rotary_factor")? {
-            None | Some(1.0) => Ok(()),
-            Some(x) => Err(self.refuse("partial_rotary_factor", format!("is {x}, supported is 1"))),
-        }
-    }
+    };
+    Ok((theta, factors))
+}
 
-    fn number(&self, key: &str) -> Result<Option<u32>, ModelError> {
-        let Some(found) = self.get(key) else { return Ok(None) };
-        match found.as_u64().and_then(|n| u32::try_from(n).ok()) {
-            Some(n) => Ok(Some(n)),
-            None => Err(self.refuse(key, format!("is {found}, not a whole number below 2^32"))),
-        }
-    }
-
-    fn need(&self, key: &str) -> Result<u32, ModelError> {
-        self.number(key)?.ok_or_else(|| self.refuse(key, "is missing"))
-    }
-
-    fn float(&self, key: &str) -> Result<Option<f32>, ModelError> {
-        let Some(found) = self.get(key) else { return Ok(None) };
-        match found.as_f64() {
-            Some(x) => Ok(Some(x as f32)),
-            None => Err(self.refuse(key, format!("is {found}, not a number"))),
-        }
-    }
-
-    fn flag(&self, key: &str) -> Result<Option<bool>, ModelError> {
-        let Some(found) = self.get(key) else { return Ok(None) };
-        match found.as_bool() {
-            Some(b) => Ok(Some(b)),
-            None => Err(self.refuse(key, format!("is {found}, not true or false"))),
-        }
-    }
-
-    /// Older files have `rope_theta` beside, newer ones within `rope_parameters`.
-    fn rope_theta(&self) -> Result<f32, ModelError> {
-        let newer = self.get("rope_parameters").and_then(|p| p.get("rope_theta"));
-        match (newer.map(Value::as_f64), self.float("rope_theta")?) {
-            (Some(Some(x)), _) => Ok(x as f32),
-            (Some(None), _) => {
-                Err(self.refuse("rope_parameters", "has a `rope_theta` that is no number"))
-            }
-            (None, Some(x)) => Ok(x),
-            (None, None) => Ok(10_000.0),
-        }
-    }
-
-    /// One id, a list of ids, or none.
-    fn ids(&self, key: &str) -> Result<Vec<u32>, ModelError> {
-        let list = match self.get(key) {
-            None => return Ok(Vec::new()),
-            Some(Value::Array(list)) => list.as_slice(),
-            Some(one) => std::slice::from_ref(one),
-        };
-        let id = |v: &Value| {
-            let id = v.as_u64().and_then(|n| u32::try_from(n).ok());
-            id.ok_or_else(|| self.refuse(key, format!("has {v}, not a token id")))
-        };
-        list.iter().map(id).collect()
+/// The sliding window, if any layer has one.
+fn window(config: &Members, class: &str) -> Result<Option<u32>, ModelError> {
+    let window = config.number("sliding_window")?;
+    match class {
+        "MistralForCausalLM" if !config.has("sliding_window") => Ok(Some(MISTRAL_WINDOW)),
+        "Qwen2ForCausalLM" | "Qwen3ForCausalLM" if !config.flag("use_sliding_window")? => Ok(None),
+        _ => Ok(window),
     }
 }

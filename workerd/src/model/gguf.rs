@@ -1,19 +1,21 @@
-//! A `.gguf` file of architecture `llama`: its settings and its tensor table.
+//! A `.gguf` file: its settings and its tensor table.
 
 use std::path::Path;
 
 use baton_shared::text::gguf::{Gguf, Value};
 
+use super::architecture::Architecture;
 use super::error::ModelError;
 use super::tensors::{Entry, StoredType, TensorFile, Tensors, stored_bytes};
 use super::{ModelSpec, WeightType};
 
-/// Settings of `llama` that are read here or change nothing.
+/// Settings of an architecture that are read here or change nothing.
 const KNOWN: &[&str] = &[
     "attention.head_count",
     "attention.head_count_kv",
     "attention.key_length",
     "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
     "attention.value_length",
     "block_count",
     "context_length",
@@ -21,6 +23,11 @@ const KNOWN: &[&str] = &[
     "feed_forward_length",
     "rope.dimension_count",
     "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.factor",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
     "vocab_size",
 ];
 
@@ -28,7 +35,7 @@ const KNOWN: &[&str] = &[
 ///
 /// # Errors
 /// [`ModelError`].
-pub fn open(path: &Path) -> Result<(ModelSpec, Tensors), ModelError> {
+pub fn open(path: &Path) -> Result<(ModelSpec, Tensors, Gguf), ModelError> {
     let file = TensorFile::open(path)?;
     let header = Gguf::open(path)
         .map_err(|source| ModelError::Header { path: path.display().to_string(), source })?;
@@ -53,8 +60,8 @@ pub fn open(path: &Path) -> Result<(ModelSpec, Tensors), ModelError> {
         let entry = Entry { file: index, dtype: StoredType::Known(dtype), shape, offset, len };
         tensors.add(&info.name, entry)?;
     }
-    let spec = Settings { path, header: &header }.spec(&tensors)?;
-    Ok((spec, tensors))
+    let spec = Settings::new(path, &header)?.spec(&tensors)?;
+    Ok((spec, tensors, header))
 }
 
 fn weight_type(kind: u32) -> Option<WeightType> {
@@ -92,21 +99,32 @@ fn ggml_name(kind: u32) -> &'static str {
 struct Settings<'a> {
     path: &'a Path,
     header: &'a Gguf,
+    architecture: Architecture,
 }
 
-impl Settings<'_> {
+impl<'a> Settings<'a> {
+    fn new(path: &'a Path, header: &'a Gguf) -> Result<Self, ModelError> {
+        let key = "general.architecture";
+        let found = header.string(key).unwrap_or("missing");
+        match Architecture::of_gguf(found) {
+            Some(architecture) => Ok(Self { path, header, architecture }),
+            None => {
+                let rule = format!("is `{found}`, supported are {}", Architecture::gguf_names());
+                Err(ModelError::setting(path, key, rule))
+            }
+        }
+    }
+
+    /// A setting's whole key.
+    fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.architecture.name())
+    }
+
     fn refuse(&self, key: &str, rule: impl Into<String>) -> ModelError {
         ModelError::setting(self.path, key, rule)
     }
 
     fn spec(&self, tensors: &Tensors) -> Result<ModelSpec, ModelError> {
-        match self.header.string("general.architecture") {
-            Some("llama") => {}
-            found => {
-                let rule = format!("is `{}`, supported is `llama`", found.unwrap_or("missing"));
-                return Err(self.refuse("general.architecture", rule));
-            }
-        }
         self.refuse_unsupported()?;
         let vocab = tensors.shape("token_embd.weight").and_then(|s| s.first().copied());
         let vocab = vocab.ok_or_else(|| {
@@ -117,7 +135,7 @@ impl Settings<'_> {
         let hidden = self.need("embedding_length")?;
         let head_dim = self.head_dim(hidden, heads)?;
         let spec = ModelSpec {
-            architecture: "llama".into(),
+            architecture: self.architecture,
             layers: self.need("block_count")?,
             hidden,
             ffn: self.need("feed_forward_length")?,
@@ -126,10 +144,12 @@ impl Settings<'_> {
             head_dim,
             vocab,
             rope_theta: self.float("rope.freq_base")?.unwrap_or(10_000.0),
+            rope_factors: self.linear_rope_factors(head_dim)?,
             rms_eps: self.float("attention.layer_norm_rms_epsilon")?.ok_or_else(|| {
-                self.refuse("llama.attention.layer_norm_rms_epsilon", "is missing")
+                self.refuse(&self.key("attention.layer_norm_rms_epsilon"), "is missing")
             })?,
             max_len: self.need("context_length")?,
+            window: self.number("attention.sliding_window")?.filter(|window| *window > 0),
             eos_ids: self.eos_ids()?,
         };
         spec.check().map_err(|(key, rule)| self.refuse(key, rule))?;
@@ -138,12 +158,12 @@ impl Settings<'_> {
 
     /// What would change the results and is not computed here is an error; what is merely unknown is told.
     fn refuse_unsupported(&self) -> Result<(), ModelError> {
+        let prefix = self.key("");
         for (key, value) in &self.header.metadata {
-            let Some(name) = key.strip_prefix("llama.") else { continue };
+            let Some(name) = key.strip_prefix(&prefix) else { continue };
             let neutral = match name {
                 _ if KNOWN.contains(&name) => true,
-                "rope.scaling.type" => *value == Value::String("none".into()),
-                "rope.scale_linear" | "rope.scaling.factor" => *value == Value::F64(1.0),
+                "attention.causal" => *value == Value::Bool(true),
                 "expert_count" | "expert_used_count" => *value == Value::U64(0),
                 _ if ["rope.scal", "expert", "attention."].iter().any(|p| name.starts_with(p)) => {
                     false
@@ -155,12 +175,35 @@ impl Settings<'_> {
                 }
             };
             if !neutral {
-                let rule = "asks for something that is not supported; supported is a plain Llama: \
-                            no RoPE scaling, no experts, no sliding window";
+                let rule = "asks for something that is not supported: no experts, no RoPE scaling \
+                            but `linear` and `llama3`, no other attention";
                 return Err(self.refuse(key, rule));
             }
         }
         Ok(())
+    }
+
+    /// What every pair's frequency is divided by; older files have the factor as `rope.scale_linear`.
+    fn linear_rope_factors(&self, head_dim: u32) -> Result<Vec<f32>, ModelError> {
+        let key = self.key("rope.scaling.type");
+        let factor = match self.float("rope.scaling.factor")? {
+            Some(factor) => Some(factor),
+            None => self.float("rope.scale_linear")?,
+        };
+        // A file that does not name a type means this one.
+        let kind = match self.header.metadata.get(&key) {
+            None => "linear",
+            Some(Value::String(kind)) => kind,
+            Some(_) => return Err(self.refuse(&key, "is not a string")),
+        };
+        match (kind, factor) {
+            ("none", _) | ("linear", None | Some(1.0)) => Ok(Vec::new()),
+            ("linear", Some(factor)) => Ok(vec![factor; (head_dim / 2) as usize]),
+            (other, _) => {
+                let rule = format!("is `{other}`, supported are `none` and `linear`");
+                Err(self.refuse(&key, rule))
+            }
+        }
     }
 
     fn small(&self, key: &str, value: u64) -> Result<u32, ModelError> {
@@ -168,7 +211,7 @@ impl Settings<'_> {
     }
 
     fn number(&self, name: &str) -> Result<Option<u32>, ModelError> {
-        let key = format!("llama.{name}");
+        let key = self.key(name);
         match (self.header.metadata.get(&key), self.header.u64(&key)) {
             (None, _) => Ok(None),
             (Some(_), Some(v)) => self.small(&key, v).map(Some),
@@ -177,11 +220,11 @@ impl Settings<'_> {
     }
 
     fn need(&self, name: &str) -> Result<u32, ModelError> {
-        self.number(name)?.ok_or_else(|| self.refuse(&format!("llama.{name}"), "is missing"))
+        self.number(name)?.ok_or_else(|| self.refuse(&self.key(name), "is missing"))
     }
 
     fn float(&self, name: &str) -> Result<Option<f32>, ModelError> {
-        let key = format!("llama.{name}");
+        let key = self.key(name);
         match (self.header.metadata.get(&key), self.header.f64(&key)) {
             (None, _) => Ok(None),
             (Some(_), Some(v)) => Ok(Some(v as f32)),
@@ -196,7 +239,7 @@ impl Settings<'_> {
             match (self.number(name)?, head_dim) {
                 (Some(n), Some(first)) if n != first => {
                     let rule = format!("is {n}, but heads have {first} elements elsewhere");
-                    return Err(self.refuse(&format!("llama.{name}"), rule));
+                    return Err(self.refuse(&self.key(name), rule));
                 }
                 (found, first) => head_dim = first.or(found),
             }
@@ -206,7 +249,7 @@ impl Settings<'_> {
             None if heads > 0 && hidden.is_multiple_of(heads) => Ok(hidden / heads),
             None => {
                 let rule = format!("is {heads}, which does not divide the width {hidden}");
-                Err(self.refuse("llama.attention.head_count", rule))
+                Err(self.refuse(&self.key("attention.head_count"), rule))
             }
         }
     }

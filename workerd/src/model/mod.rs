@@ -1,13 +1,17 @@
 //! A model on disk: what shape it has ([`spec`]), and its tensors, loaded into one form.
 //!
-//! [`load()`] is the way in. [`gguf`], and [`config_json`] with [`safetensors`], read one format each into a
+//! [`open()`] is the way in. [`gguf`], and [`config_json`] with [`safetensors`], read one format each into a
 //! [`ModelSpec`] and a table of [`tensors`]; [`dequantize`](dequantize()) says what stored bytes mean.
 
+pub mod architecture;
 pub mod config_json;
 pub mod dequantize;
 pub mod error;
 pub mod gguf;
 pub mod load;
+mod members;
+pub mod progress;
+pub mod rope;
 pub mod safetensors;
 pub mod spec;
 pub mod tensors;
@@ -16,15 +20,16 @@ mod tests;
 
 use std::sync::Arc;
 
+pub use architecture::Architecture;
 pub use dequantize::dequantize;
 pub use error::ModelError;
-pub use load::load;
+pub use load::{ModelFiles, load, open};
 
 /// Shape and constants of a Llama-like model; every number was checked to be usable.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
-    /// `llama`, …: as the file says.
-    pub architecture: String,
+    /// Which switches its blocks have.
+    pub architecture: Architecture,
     /// Transformer blocks.
     pub layers: u32,
     /// Width of the residual stream.
@@ -41,10 +46,14 @@ pub struct ModelSpec {
     pub vocab: u32,
     /// RoPE base.
     pub rope_theta: f32,
+    /// What the frequency of each pair of a head is divided by; empty = 1.
+    pub rope_factors: Vec<f32>,
     /// RMSNorm epsilon.
     pub rms_eps: f32,
     /// Longest sequence the model was made for.
     pub max_len: u32,
+    /// Tokens some of its layers look back at most, their own included. Longer sequences are not computed here.
+    pub window: Option<u32>,
     /// Ids that end a text, by the model's files.
     pub eos_ids: Vec<u32>,
 }
@@ -88,6 +97,10 @@ pub struct Layer {
     pub k: Weight,
     /// `[kv_heads * head_dim, hidden]`.
     pub v: Weight,
+    /// Added to queries, keys and values, in this order: `[(heads + 2 * kv_heads) * head_dim]`.
+    pub qkv_bias: Option<Vec<f32>>,
+    /// RMSNorm of each head of queries and of keys before RoPE: `[head_dim]` each.
+    pub qk_norm: Option<[Vec<f32>; 2]>,
     /// `[hidden, heads * head_dim]`.
     pub o: Weight,
     /// `[hidden]`.
@@ -115,6 +128,58 @@ pub struct Model {
     pub head: Option<Weight>,
     /// SHA-256 over the tensor table and the first and last 64 KiB of each tensor: the default `model_revision`.
     pub content_hash: [u8; 32],
+}
+
+/// A model's weights, one part after another: whoever turns them into another form need not have all of them in both.
+pub trait Source {
+    /// Its shape, which was checked.
+    fn spec(&self) -> &ModelSpec;
+
+    /// See [`Model::embedding`].
+    ///
+    /// # Errors
+    /// [`ModelError`]; so for all parts.
+    fn embedding(&mut self) -> Result<Weight, ModelError>;
+
+    /// Block `index`, which is below the spec's `layers`.
+    ///
+    /// # Errors
+    /// [`ModelError`].
+    fn layer(&mut self, index: u32) -> Result<Layer, ModelError>;
+
+    /// See [`Model::final_norm`].
+    ///
+    /// # Errors
+    /// [`ModelError`].
+    fn final_norm(&mut self) -> Result<Vec<f32>, ModelError>;
+
+    /// See [`Model::head`].
+    ///
+    /// # Errors
+    /// [`ModelError`].
+    fn head(&mut self) -> Result<Option<Weight>, ModelError>;
+}
+
+impl Source for &Model {
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    fn embedding(&mut self) -> Result<Weight, ModelError> {
+        Ok(self.embedding.clone())
+    }
+
+    fn layer(&mut self, index: u32) -> Result<Layer, ModelError> {
+        Ok(self.layers[index as usize].clone())
+    }
+
+    fn final_norm(&mut self) -> Result<Vec<f32>, ModelError> {
+        Ok(self.final_norm.clone())
+    }
+
+    fn head(&mut self) -> Result<Option<Weight>, ModelError> {
+        Ok(self.head.clone())
+    }
 }
 
 impl WeightType {

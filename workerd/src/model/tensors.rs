@@ -55,7 +55,8 @@ pub struct Entry {
 pub struct Tensors {
     files: Vec<TensorFile>,
     entries: BTreeMap<String, Entry>,
-    taken: BTreeSet<String>,
+    /// Names that were asked for.
+    known: BTreeSet<String>,
 }
 
 impl TensorFile {
@@ -141,16 +142,16 @@ impl Tensors {
         self.entries.values().map(|e| e.len).fold(0, u64::saturating_add)
     }
 
-    /// Marks a tensor, where there is one, as seen without reading it.
+    /// Marks a tensor, where there is one, as known.
     pub fn skip(&mut self, name: &str) {
         if self.contains(name) {
-            self.taken.insert(name.to_owned());
+            self.known.insert(name.to_owned());
         }
     }
 
-    /// The first tensor, by name, that was neither read nor skipped, and its file.
+    /// The first tensor, by name, that is neither known nor was read, and its file.
     pub fn leftover(&self) -> Option<(&str, &Path)> {
-        let (name, entry) = self.entries.iter().find(|(name, _)| !self.taken.contains(*name))?;
+        let (name, entry) = self.entries.iter().find(|(name, _)| !self.known.contains(*name))?;
         Some((name, &self.files[entry.file].path))
     }
 
@@ -183,6 +184,22 @@ impl Tensors {
     }
 
     fn take(&mut self, name: &str, shape: &[u64]) -> Result<(WeightType, Vec<u8>), ModelError> {
+        let (dtype, entry) = self.find(name, shape)?;
+        let file = &self.files[entry.file];
+        let bytes = file.read(entry.offset, entry.len)?.expect("add checked the file's length");
+        self.known.insert(name.to_owned());
+        Ok((dtype, bytes))
+    }
+
+    /// Whether a tensor is there, of this shape and of a type that is supported.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`].
+    pub fn check(&self, name: &str, shape: &[u64]) -> Result<(), ModelError> {
+        self.find(name, shape).map(drop)
+    }
+
+    fn find(&self, name: &str, shape: &[u64]) -> Result<(WeightType, &Entry), ModelError> {
         let Some(entry) = self.entries.get(name) else {
             let path = self.files.first().map_or(Path::new(""), |f| &f.path);
             let path = if self.files.len() > 1 { path.parent().unwrap_or(path) } else { path };
@@ -208,9 +225,7 @@ impl Tensors {
                 entry.len
             ));
         }
-        let bytes = file.read(entry.offset, entry.len)?.expect("add checked the file's length");
-        self.taken.insert(name.to_owned());
-        Ok((dtype, bytes))
+        Ok((dtype, entry))
     }
 
     /// SHA-256 over the tensor table in the order of names (name, type, shape) and the first and last 64 KiB

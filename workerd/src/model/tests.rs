@@ -9,6 +9,8 @@ use serde_json::{Value, json};
 
 use super::*;
 
+mod architectures;
+
 const LAYERS: usize = 2;
 const HIDDEN: usize = 32;
 const FFN: usize = 64;
@@ -84,7 +86,7 @@ fn a_folder_loads_with_every_number_and_row_in_place() {
         .unwrap();
     let model = load(folder.path()).unwrap();
     let expected = ModelSpec {
-        architecture: "llama".into(),
+        architecture: Architecture::Llama,
         layers: 2,
         hidden: 32,
         ffn: 64,
@@ -93,8 +95,10 @@ fn a_folder_loads_with_every_number_and_row_in_place() {
         head_dim: 16,
         vocab: 40,
         rope_theta: 5e5,
+        rope_factors: Vec::new(),
         rms_eps: 1e-5,
         max_len: 512,
+        window: None,
         eos_ids: vec![2, 7],
     };
     assert_eq!(model.spec, expected);
@@ -155,6 +159,25 @@ fn a_cut_safetensors_file_is_called_truncated() {
 }
 
 #[test]
+fn a_file_that_is_cut_while_it_is_loaded_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(folder.path(), &config());
+    let path = folder.path().join("model.safetensors");
+    let mut files = open(folder.path()).unwrap();
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(5000).unwrap();
+    let e = files.embedding().and_then(|_| files.layer(1)).unwrap_err();
+    assert!(matches!(&e, ModelError::Io { path, .. } if path.contains("model.safetensors")), "{e}");
+}
+
+#[test]
+fn a_header_that_claims_a_million_blocks_is_refused_at_the_first_that_is_not_there() {
+    let mut gguf = TestGguf::new("llama", hf_tensors());
+    gguf.numbers[0].1 = 1 << 20;
+    let e = refusal(gguf.file().path());
+    assert!(e.contains("tensor `blk.2.attn_norm.weight` is missing"), "{e}");
+}
+
+#[test]
 fn no_changed_byte_of_a_safetensors_header_makes_it_panic() {
     let folder = tempfile::tempdir().unwrap();
     write_folder(folder.path(), &config());
@@ -173,11 +196,26 @@ fn no_changed_byte_of_a_safetensors_header_makes_it_panic() {
 fn what_a_folder_asks_for_and_is_not_supported_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let cases = [
-        ("architectures", json!(["Qwen2ForCausalLM"]), "supported is [\"LlamaForCausalLM\"]"),
-        ("rope_scaling", json!({"rope_type": "llama3", "factor": 8.0}), "supported is null"),
+        (
+            "architectures",
+            json!(["MixtralForCausalLM"]),
+            "supported is one of `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM`, `Qwen3",
+        ),
+        ("architectures", json!([]), "is [], supported is one of"),
+        (
+            "rope_scaling",
+            json!({"rope_type": "yarn", "factor": 8.0}),
+            "`rope_scaling.rope_type` is `yarn`, supported are `default`, `linear` and `llama3`",
+        ),
+        ("rope_scaling", json!({"type": "linear"}), "`rope_scaling.factor` is missing"),
+        ("rope_scaling", json!({"type": "linear", "factor": -1}), "is -1, not above 0"),
+        ("rope_scaling", json!("linear"), "not an object"),
+        ("rope_parameters", json!({"rope_theta": 1e4}), "`rope_parameters.type` is missing"),
+        ("layer_types", json!(["full_attention", "linear_attention"]), "has \"linear_attention\""),
+        ("sliding_window", json!(0), "is 0"),
         ("attention_bias", json!(true), "supported is false"),
         ("quantization_config", json!({"bits": 4}), "supported is null"),
-        ("hidden_act", json!("gelu"), "supported is \"silu\""),
+        ("hidden_act", json!("gelu"), "supported is `silu`"),
         ("hidden_size", json!(-3), "not a whole number"),
         ("vocab_size", Value::Null, "is missing"),
         ("num_key_value_heads", json!(3), "does not divide the 2 heads"),
@@ -219,7 +257,7 @@ fn a_tensor_that_is_missing_misshapen_of_another_type_or_unknown_is_named() {
     check(
         Dtype::F32,
         &|t| t.push(("model.layers.0.self_attn.q_proj.bias".into(), vec![32])),
-        "tensor `model.layers.0.self_attn.q_proj.bias` is not part of a plain Llama",
+        "tensor `model.layers.0.self_attn.q_proj.bias` is not part of a plain `llama`",
     );
 }
 
@@ -228,72 +266,111 @@ fn put_string(out: &mut Vec<u8>, s: &str) {
     out.extend(s.as_bytes());
 }
 
-/// A GGUF of the same shape; Q4_1 matrices, F32 norms; `change` may alter the tensor table.
-fn gguf_bytes(change: impl Fn(&mut Vec<(String, Vec<usize>, u32)>)) -> Vec<u8> {
-    let names = [
-        ("model.embed_tokens", "token_embd"),
-        ("model.norm", "output_norm"),
-        ("lm_head", "output"),
-        ("model.layers", "blk"),
-        ("input_layernorm", "attn_norm"),
-        ("self_attn.q_proj", "attn_q"),
-        ("self_attn.k_proj", "attn_k"),
-        ("self_attn.v_proj", "attn_v"),
-        ("self_attn.o_proj", "attn_output"),
-        ("post_attention_layernorm", "ffn_norm"),
-        ("mlp.gate_proj", "ffn_gate"),
-        ("mlp.up_proj", "ffn_up"),
-        ("mlp.down_proj", "ffn_down"),
-    ];
-    let tensor = |(name, shape): (String, Vec<usize>)| {
-        let name = names.iter().fold(name, |name, (from, to)| name.replace(from, to));
-        let kind = if shape.len() == 1 { 0 } else { 3 };
-        (name, shape, kind)
-    };
-    let mut tensors: Vec<_> = hf_tensors().into_iter().map(tensor).collect();
-    change(&mut tensors);
-    let numbers = [
-        ("llama.block_count", LAYERS),
-        ("llama.embedding_length", HIDDEN),
-        ("llama.feed_forward_length", FFN),
-        ("llama.attention.head_count", 2),
-        ("llama.attention.head_count_kv", 1),
-        ("llama.rope.dimension_count", HEAD_DIM),
-        ("llama.context_length", 512),
-        ("tokenizer.ggml.eos_token_id", 2),
-        ("tokenizer.ggml.eot_token_id", 5),
-    ];
-    let mut out = b"GGUF\x03\0\0\0".to_vec();
-    out.extend((tensors.len() as u64).to_le_bytes());
-    out.extend((numbers.len() as u64 + 2).to_le_bytes());
-    put_string(&mut out, "general.architecture");
-    out.extend(8u32.to_le_bytes());
-    put_string(&mut out, "llama");
-    put_string(&mut out, "llama.attention.layer_norm_rms_epsilon");
-    out.extend(6u32.to_le_bytes());
-    out.extend(1e-5f32.to_le_bytes());
-    for (key, value) in numbers {
-        put_string(&mut out, key);
-        out.extend(4u32.to_le_bytes());
-        out.extend((value as u32).to_le_bytes());
-    }
-    let mut data = Vec::new();
-    for (name, shape, kind) in &tensors {
-        put_string(&mut out, name);
-        out.extend((shape.len() as u32).to_le_bytes());
-        shape.iter().rev().for_each(|n| out.extend((*n as u64).to_le_bytes()));
-        out.extend(kind.to_le_bytes());
-        out.extend((data.len() as u64).to_le_bytes());
-        let n: usize = shape.iter().product();
-        match kind {
-            0 => data.extend(f32_bytes(n)),
-            _ => data.extend((0..n / 32).flat_map(q4_1_block)),
+/// A GGUF of the same shape; Q4_1 matrices, F32 vectors.
+struct TestGguf {
+    architecture: &'static str,
+    numbers: Vec<(&'static str, usize)>,
+    floats: Vec<(&'static str, f32)>,
+    strings: Vec<(&'static str, &'static str)>,
+    tensors: Vec<(String, Vec<usize>, u32)>,
+}
+
+impl TestGguf {
+    fn new(architecture: &'static str, tensors: Vec<(String, Vec<usize>)>) -> Self {
+        let names = [
+            ("model.embed_tokens", "token_embd"),
+            ("model.norm", "output_norm"),
+            ("lm_head", "output"),
+            ("model.layers", "blk"),
+            ("input_layernorm", "attn_norm"),
+            ("self_attn.q_proj", "attn_q"),
+            ("self_attn.k_proj", "attn_k"),
+            ("self_attn.v_proj", "attn_v"),
+            ("self_attn.o_proj", "attn_output"),
+            ("self_attn.q_norm", "attn_q_norm"),
+            ("self_attn.k_norm", "attn_k_norm"),
+            ("post_attention_layernorm", "ffn_norm"),
+            ("mlp.gate_proj", "ffn_gate"),
+            ("mlp.up_proj", "ffn_up"),
+            ("mlp.down_proj", "ffn_down"),
+        ];
+        let tensor = |(name, shape): (String, Vec<usize>)| {
+            let name = names.iter().fold(name, |name, (from, to)| name.replace(from, to));
+            let kind = if shape.len() == 1 { 0 } else { 3 };
+            (name, shape, kind)
+        };
+        Self {
+            architecture,
+            numbers: vec![
+                ("block_count", LAYERS),
+                ("embedding_length", HIDDEN),
+                ("feed_forward_length", FFN),
+                ("attention.head_count", 2),
+                ("attention.head_count_kv", 1),
+                ("rope.dimension_count", HEAD_DIM),
+                ("context_length", 512),
+                ("tokenizer.ggml.eos_token_id", 2),
+                ("tokenizer.ggml.eot_token_id", 5),
+            ],
+            floats: vec![("attention.layer_norm_rms_epsilon", 1e-5)],
+            strings: vec![("general.architecture", architecture)],
+            tensors: tensors.into_iter().map(tensor).collect(),
         }
-        data.resize(data.len().next_multiple_of(32), 0);
     }
-    out.resize(out.len().next_multiple_of(32), 0);
-    out.extend(data);
-    out
+
+    fn bytes(&self) -> Vec<u8> {
+        let mut out = b"GGUF\x03\0\0\0".to_vec();
+        out.extend((self.tensors.len() as u64).to_le_bytes());
+        let entries = self.numbers.len() + self.floats.len() + self.strings.len();
+        out.extend((entries as u64).to_le_bytes());
+        let put_key = |out: &mut Vec<u8>, key: &str, kind: u32| {
+            let is_whole = key.starts_with("general.") || key.starts_with("tokenizer.");
+            let key =
+                if is_whole { key.to_owned() } else { format!("{}.{key}", self.architecture) };
+            put_string(out, &key);
+            out.extend(kind.to_le_bytes());
+        };
+        for (key, value) in &self.strings {
+            put_key(&mut out, key, 8);
+            put_string(&mut out, value);
+        }
+        for (key, value) in &self.floats {
+            put_key(&mut out, key, 6);
+            out.extend(value.to_le_bytes());
+        }
+        for (key, value) in &self.numbers {
+            put_key(&mut out, key, 4);
+            out.extend((*value as u32).to_le_bytes());
+        }
+        let mut data = Vec::new();
+        for (name, shape, kind) in &self.tensors {
+            put_string(&mut out, name);
+            out.extend((shape.len() as u32).to_le_bytes());
+            shape.iter().rev().for_each(|n| out.extend((*n as u64).to_le_bytes()));
+            out.extend(kind.to_le_bytes());
+            out.extend((data.len() as u64).to_le_bytes());
+            let n: usize = shape.iter().product();
+            match kind {
+                0 => data.extend(f32_bytes(n)),
+                _ => data.extend((0..n / 32).flat_map(q4_1_block)),
+            }
+            data.resize(data.len().next_multiple_of(32), 0);
+        }
+        out.resize(out.len().next_multiple_of(32), 0);
+        out.extend(data);
+        out
+    }
+
+    fn file(&self) -> tempfile::NamedTempFile {
+        gguf_file(&self.bytes())
+    }
+}
+
+/// Of a Llama; `change` may alter the tensor table.
+fn gguf_bytes(change: impl Fn(&mut Vec<(String, Vec<usize>, u32)>)) -> Vec<u8> {
+    let mut gguf = TestGguf::new("llama", hf_tensors());
+    change(&mut gguf.tensors);
+    gguf.bytes()
 }
 
 /// 32 times its own number.
@@ -353,18 +430,16 @@ fn what_a_gguf_has_and_is_not_supported_is_named() {
     let e = refusal(gguf_file(&retype(12)).path());
     let rule = "tensor `blk.0.attn_q.weight` has ggml type 12 (`Q4_K`), supported are F32, F16";
     assert!(e.contains(rule), "{e}");
-    let e = refusal(gguf_file(&gguf_bytes(|t| t[3].0 = "rope_freqs.weight".into())).path());
+    let e = refusal(gguf_file(&gguf_bytes(|t| t[3].0 = "blk.0.other.weight".into())).path());
     assert!(e.contains("tensor `blk.0.attn_norm.weight` is missing"), "{e}");
     let extra = |t: &mut Vec<(String, Vec<usize>, u32)>| {
-        t.push(("rope_freqs.weight".into(), vec![32], 0));
+        t.push(("blk.1.attn_q.bias".into(), vec![32], 0));
     };
     let e = refusal(gguf_file(&gguf_bytes(extra)).path());
-    assert!(e.contains("tensor `rope_freqs.weight` is not part of a plain Llama"), "{e}");
-    let mut other = gguf_bytes(|_| {});
-    let at = other.windows(5).position(|w| w == b"llama").unwrap();
-    other[at..at + 5].copy_from_slice(b"qwen2");
-    let e = refusal(gguf_file(&other).path());
-    assert!(e.contains("`general.architecture` is `qwen2`, supported is `llama`"), "{e}");
+    assert!(e.contains("tensor `blk.1.attn_q.bias` is not part of a plain `llama`"), "{e}");
+    let e = refusal(TestGguf::new("gemma3", hf_tensors()).file().path());
+    let rule = "`general.architecture` is `gemma3`, supported are `llama`, `qwen2`, `qwen3`";
+    assert!(e.contains(rule), "{e}");
     let e = refusal(gguf_file(b"not a model at all").path());
     assert!(e.contains("not a GGUF file"), "{e}");
 }

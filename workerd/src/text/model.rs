@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::SystemTime;
 
-use baton_shared::text::gguf::{Gguf, GgufError};
+use baton_shared::text::gguf::Gguf;
 use baton_shared::text::template::{ChatTemplate, Conversation, TemplateError};
 use baton_shared::text::tokenizer::{Tokenizer, TokenizerError};
 use baton_shared::wire::chat::ChatRequest;
@@ -22,9 +22,6 @@ pub struct ModelTexts {
 /// Why a model has no words.
 #[derive(Debug, thiserror::Error)]
 pub enum TextsError {
-    /// The `.gguf` file.
-    #[error(transparent)]
-    Gguf(#[from] GgufError),
     /// The tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
@@ -34,15 +31,14 @@ pub enum TextsError {
 }
 
 impl ModelTexts {
-    /// Reads them from a `.gguf` file or a Hugging Face folder; `spec` is that model's.
+    /// Reads them from the `header` of a GGUF file, or from the Hugging Face folder `path`; `spec` is that model's.
     ///
     /// # Errors
     /// [`TextsError`].
-    pub fn open(path: &Path, spec: &ModelSpec) -> Result<Self, TextsError> {
-        let tokenizer = if path.is_dir() {
-            Tokenizer::from_file(&path.join("tokenizer.json"))?
-        } else {
-            Tokenizer::from_gguf(&Gguf::open(path)?)?
+    pub fn open(path: &Path, header: Option<&Gguf>, spec: &ModelSpec) -> Result<Self, TextsError> {
+        let tokenizer = match header {
+            None => Tokenizer::from_file(&path.join("tokenizer.json"))?,
+            Some(header) => Tokenizer::from_gguf(header)?,
         };
         let text = |token: Option<&str>| token.unwrap_or_default().to_owned();
         let (bos, eos_token) = (text(tokenizer.bos_token()), text(tokenizer.eos_token()));

@@ -7,14 +7,26 @@ use baton_shared::kv::layout::KvLayout;
 use super::kernels::{LANES, QUANT, wants_quantised};
 use crate::backend::{BackendError, Caps};
 use crate::engine::step::{Input, Slot, StepPlan, StepSeq};
-use crate::model::{Model, Weight};
+use crate::model::{Layer, Model, ModelSpec, Weight};
 
 /// Whether all shapes agree and are multiples of what the kernels take.
 ///
 /// # Errors
 /// Says which number or tensor is wrong.
 pub fn model(model: &Model) -> Result<(), String> {
-    let spec = &model.spec;
+    spec(&model.spec)?;
+    if model.layers.len() != model.spec.layers as usize {
+        return Err(format!("{} blocks, not {}", model.layers.len(), model.spec.layers));
+    }
+    ends(&model.spec, &model.embedding, &model.final_norm, model.head.as_ref())?;
+    model.layers.iter().try_for_each(|block| layer(&model.spec, block))
+}
+
+/// The numbers of [`model()`].
+///
+/// # Errors
+/// Says which is wrong.
+pub fn spec(spec: &ModelSpec) -> Result<(), String> {
     for (name, value) in [("hidden", spec.hidden), ("ffn", spec.ffn), ("head_dim", spec.head_dim)] {
         if value == 0 || !(value as usize).is_multiple_of(LANES) {
             return Err(format!("`{name}` is {value}, not a multiple of {LANES}"));
@@ -23,29 +35,53 @@ pub fn model(model: &Model) -> Result<(), String> {
     if spec.heads == 0 || spec.kv_heads == 0 || !spec.heads.is_multiple_of(spec.kv_heads) {
         return Err(format!("{} heads cannot share {} kv heads", spec.heads, spec.kv_heads));
     }
-    if model.layers.len() != spec.layers as usize || spec.layers == 0 {
-        return Err(format!("{} blocks, not {}", model.layers.len(), spec.layers));
-    }
-    let size = spec.head_dim as usize;
-    let (queries, keys) = (spec.heads as usize * size, spec.kv_heads as usize * size);
-    let (hidden, ffn, vocab) = (spec.hidden as usize, spec.ffn as usize, spec.vocab as usize);
-    matrix("embedding", &model.embedding, vocab, hidden)?;
-    if let Some(head) = &model.head {
-        matrix("head", head, vocab, hidden)?;
-    }
-    vector("final norm", &model.final_norm, hidden)?;
-    for layer in &model.layers {
-        vector("attention norm", &layer.attn_norm, hidden)?;
-        matrix("q", &layer.q, queries, hidden)?;
-        matrix("k", &layer.k, keys, hidden)?;
-        matrix("v", &layer.v, keys, hidden)?;
-        matrix("o", &layer.o, hidden, queries)?;
-        vector("ffn norm", &layer.ffn_norm, hidden)?;
-        matrix("gate", &layer.gate, ffn, hidden)?;
-        matrix("up", &layer.up, ffn, hidden)?;
-        matrix("down", &layer.down, hidden, ffn)?;
+    if spec.layers == 0 {
+        return Err("no blocks".into());
     }
     Ok(())
+}
+
+/// What is before and after the blocks.
+///
+/// # Errors
+/// Says which tensor is wrong.
+pub fn ends(
+    spec: &ModelSpec,
+    embedding: &Weight,
+    final_norm: &[f32],
+    head: Option<&Weight>,
+) -> Result<(), String> {
+    let (hidden, vocab) = (spec.hidden as usize, spec.vocab as usize);
+    matrix("embedding", embedding, vocab, hidden)?;
+    if let Some(head) = head {
+        matrix("head", head, vocab, hidden)?;
+    }
+    vector("final norm", final_norm, hidden)
+}
+
+/// A block.
+///
+/// # Errors
+/// Says which tensor is wrong.
+pub fn layer(spec: &ModelSpec, layer: &Layer) -> Result<(), String> {
+    let size = spec.head_dim as usize;
+    let (queries, keys) = (spec.heads as usize * size, spec.kv_heads as usize * size);
+    let (hidden, ffn) = (spec.hidden as usize, spec.ffn as usize);
+    vector("attention norm", &layer.attn_norm, hidden)?;
+    matrix("q", &layer.q, queries, hidden)?;
+    matrix("k", &layer.k, keys, hidden)?;
+    matrix("v", &layer.v, keys, hidden)?;
+    if let Some(bias) = &layer.qkv_bias {
+        vector("qkv bias", bias, queries + 2 * keys)?;
+    }
+    for norm in layer.qk_norm.iter().flatten() {
+        vector("head norm", norm, size)?;
+    }
+    matrix("o", &layer.o, hidden, queries)?;
+    vector("ffn norm", &layer.ffn_norm, hidden)?;
+    matrix("gate", &layer.gate, ffn, hidden)?;
+    matrix("up", &layer.up, ffn, hidden)?;
+    matrix("down", &layer.down, hidden, ffn)
 }
 
 fn vector(name: &str, vector: &[f32], len: usize) -> Result<(), String> {

@@ -4,14 +4,16 @@
 
 use baton_shared::id::BlockIndex;
 
+use super::CpuError;
 use super::attention::{self, Heads, Parts};
 use super::cache::Cache;
+use super::check;
 use super::linear::{Activations, Linear, Team, Tiling, grow};
 use super::pieces::{Count, Split};
 use super::places::Places;
-use super::rope;
+use super::switches::Switches;
 use crate::kv::region::KvRegion;
-use crate::model::{Layer, Model};
+use crate::model::{Layer, Source};
 
 /// The weights as the kernels read them.
 #[derive(Debug)]
@@ -34,6 +36,7 @@ pub struct Weights {
 struct Block {
     attention_norm: Vec<f32>,
     qkv: Linear,
+    switches: Switches,
     output: Linear,
     ffn_norm: Vec<f32>,
     gate_up: Linear,
@@ -41,26 +44,39 @@ struct Block {
 }
 
 impl Weights {
-    /// Repacks a model, whose shape was checked.
-    pub fn new(model: &Model) -> Self {
-        let spec = &model.spec;
-        let head_dim = spec.head_dim as usize;
-        Self {
+    /// Repacks a model part by part.
+    ///
+    /// # Errors
+    /// [`CpuError`]: a part cannot be read, or has another shape than it should.
+    pub fn load(source: &mut impl Source) -> Result<Self, CpuError> {
+        let spec = &source.spec().clone();
+        check::spec(spec).map_err(CpuError::Model)?;
+        let (embedding, final_norm) = (source.embedding()?, source.final_norm()?);
+        let head = source.head()?;
+        check::ends(spec, &embedding, &final_norm, head.as_ref()).map_err(CpuError::Model)?;
+        let head = head.map(|head| Linear::new(&[&head]));
+        let embedding = Linear::new(&[&embedding]);
+        let block = |index| {
+            let layer = source.layer(index)?;
+            check::layer(spec, &layer).map_err(CpuError::Model)?;
+            Ok(Block::new(&layer, spec.rms_eps))
+        };
+        Ok(Self {
+            blocks: (0..spec.layers).map(block).collect::<Result<_, CpuError>>()?,
             heads: Heads {
                 queries: spec.heads as usize,
                 keys: spec.kv_heads as usize,
-                size: head_dim,
+                size: spec.head_dim as usize,
             },
             hidden: spec.hidden as usize,
             ffn: spec.ffn as usize,
             vocab: spec.vocab as usize,
             epsilon: spec.rms_eps,
-            frequencies: rope::frequencies(spec.rope_theta, head_dim / 2),
-            embedding: Linear::new(&[&model.embedding]),
-            blocks: model.layers.iter().map(Block::new).collect(),
-            final_norm: model.final_norm.clone(),
-            head: model.head.as_ref().map(|head| Linear::new(&[head])),
-        }
+            frequencies: spec.rope_frequencies(),
+            embedding,
+            final_norm,
+            head,
+        })
     }
 
     /// Ids are below this.
@@ -70,10 +86,11 @@ impl Weights {
 }
 
 impl Block {
-    fn new(layer: &Layer) -> Self {
+    fn new(layer: &Layer, epsilon: f32) -> Self {
         Self {
             attention_norm: layer.attn_norm.clone(),
             qkv: Linear::new(&[&layer.q, &layer.k, &layer.v]),
+            switches: Switches::new(layer, epsilon),
             output: Linear::new(&[&layer.o]),
             ffn_norm: layer.ffn_norm.clone(),
             gate_up: Linear::new(&[&layer.gate, &layer.up]),
@@ -187,6 +204,7 @@ impl Workspace {
         let Self { tiling, activations, delta, qkv, attended, parts, .. } = self;
         let heads = weights.heads;
         block.qkv.apply(team, tiling, activations, qkv);
+        block.switches.apply(team, heads, &mut qkv[..tiling.rows() * heads.row()]);
         let layer = attention::Layer { heads, places, cache, qkv };
         layer.attend(team, parts, attended);
         let want = (block.output.forms(), heads.query_row());

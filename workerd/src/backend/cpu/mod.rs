@@ -13,6 +13,7 @@ pub mod pieces;
 pub mod places;
 pub mod repack;
 pub mod rope;
+pub mod switches;
 pub mod threads;
 
 use std::collections::VecDeque;
@@ -28,7 +29,7 @@ use super::{Backend, BackendError, Caps, StepTicket};
 use crate::engine::sampling::Sampler;
 use crate::engine::step::{Input, Slot, StepOut, StepPlan};
 use crate::kv::region::{KvRegion, Region};
-use crate::model::Model;
+use crate::model::{Model, ModelError, ModelSpec, Source};
 
 /// Which kernels run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,6 +64,9 @@ pub enum CpuError {
     /// The model's shape.
     #[error("the cpu back end cannot run this model: {0}")]
     Model(String),
+    /// The model's files.
+    #[error(transparent)]
+    Load(#[from] ModelError),
     /// The pool's shape.
     #[error("the pool cannot be: {0}")]
     Layout(#[from] InvalidLayout),
@@ -103,13 +107,21 @@ pub struct CpuBackend {
 }
 
 impl CpuBackend {
-    /// Repacks the model's weights, so that `model` is not needed afterwards, and makes an empty pool.
+    /// As [`CpuBackend::load`], of a model in memory, which is not needed afterwards.
     ///
     /// # Errors
     /// [`CpuError`].
-    pub fn new(model: &Model, options: &CpuOptions) -> Result<Self, CpuError> {
+    pub fn new(mut model: &Model, options: &CpuOptions) -> Result<Self, CpuError> {
         check::model(model).map_err(CpuError::Model)?;
-        let layout = layout(model, options);
+        Self::load(&mut model, options)
+    }
+
+    /// Repacks the model's weights, part by part, and makes an empty pool.
+    ///
+    /// # Errors
+    /// [`CpuError`].
+    pub fn load(source: &mut impl Source, options: &CpuOptions) -> Result<Self, CpuError> {
+        let layout = layout(source.spec(), options);
         layout.validate()?;
         let bytes = layout.bytes();
         let region = usize::try_from(bytes).map_err(|_| std::io::ErrorKind::OutOfMemory.into());
@@ -126,11 +138,11 @@ impl CpuBackend {
             caps: Caps {
                 max_sequences: options.max_sequences,
                 max_batch_tokens: options.max_batch_tokens,
-                vocab: model.spec.vocab,
+                vocab: source.spec().vocab,
                 lag: 0,
             },
             pool: KvRegion { region, layout },
-            weights: Weights::new(model),
+            weights: Weights::load(source)?,
             team: Team { kernels, threads, scratch },
             batch: Batch::default(),
             workspace: Workspace::default(),
@@ -239,8 +251,7 @@ impl Backend for CpuBackend {
 }
 
 /// The pool's layout: block-major without gaps, so one block is one range.
-fn layout(model: &Model, options: &CpuOptions) -> KvLayout {
-    let spec = &model.spec;
+fn layout(spec: &ModelSpec, options: &CpuOptions) -> KvLayout {
     KvLayout::block_major(
         KvDtype::Bf16,
         options.block_tokens,

@@ -1,16 +1,5 @@
 //! Rotary positions: angles of each pair of a head, by basic arithmetic only, so that every machine gets the same bits.
-
-/// Angle of pair `i` at position 1: `theta^(-i / pairs)`, for `i` in `0..pairs`.
-pub fn frequencies(theta: f32, pairs: usize) -> Vec<f64> {
-    let root = root(f64::from(theta), pairs);
-    let mut power = 1.0;
-    let mut frequencies = Vec::with_capacity(pairs);
-    for _ in 0..pairs {
-        frequencies.push(1.0 / power);
-        power *= root;
-    }
-    frequencies
-}
+//! How fast pairs turn is the model's business: see [`crate::model::rope`].
 
 /// Sines and cosines of a position, one a pair.
 pub fn angles(position: u32, frequencies: &[f64], sines: &mut [f32], cosines: &mut [f32]) {
@@ -27,19 +16,6 @@ pub fn turn(head: &mut [f32], sines: &[f32], cosines: &[f32], scale: f32) {
         let (x, y) = (*a, *b);
         *a = (x * cosine - y * sine) * scale;
         *b = (y * cosine + x * sine) * scale;
-    }
-}
-
-/// The `n`th root of `x >= 1` by Newton's method from above, which only descends.
-fn root(x: f64, n: usize) -> f64 {
-    let mut root = 1.0 + (x - 1.0) / n as f64;
-    loop {
-        let power = (1..n).fold(1.0, |power, _| power * root);
-        let next = root - (power * root - x) / (n as f64 * power);
-        if next >= root || !next.is_finite() {
-            return root;
-        }
-        root = next;
     }
 }
 
@@ -72,15 +48,12 @@ fn series(square: f64, offset: u32) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::rope::frequencies;
 
     #[test]
     fn angles_are_those_of_the_formula() {
         for (theta, pairs) in [(10_000.0_f32, 8), (100_000.0, 32), (500_000.0, 64), (1.0, 4)] {
             let frequencies = frequencies(theta, pairs);
-            for (pair, frequency) in frequencies.iter().enumerate() {
-                let exact = f64::from(theta).powf(-(pair as f64) / pairs as f64);
-                assert!((frequency / exact - 1.0).abs() < 1e-12, "{theta} {pair}");
-            }
             let (mut sines, mut cosines) = (vec![0.0; pairs], vec![0.0; pairs]);
             for position in [0, 1, 2, 3, 7, 100, 8191, 131_071, 1_000_000] {
                 angles(position, &frequencies, &mut sines, &mut cosines);

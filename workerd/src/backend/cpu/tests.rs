@@ -6,7 +6,7 @@ use super::*;
 use crate::backend::conformance;
 use crate::engine::sampling::SamplingParams;
 use crate::engine::step::{Slot, SlotOpen, StepSeq};
-use crate::model::{Layer, ModelSpec, Weight, WeightType};
+use crate::model::{Architecture, Layer, ModelSpec, Weight, WeightType};
 
 /// splitmix64.
 pub struct Random(u64);
@@ -78,7 +78,7 @@ fn tiny_model(
     let mut random = Random::new(7);
     let (heads, kv_heads, head_dim) = heads;
     let spec = ModelSpec {
-        architecture: "llama".into(),
+        architecture: Architecture::Llama,
         layers: 2,
         hidden: 64,
         ffn: 96,
@@ -87,8 +87,10 @@ fn tiny_model(
         head_dim,
         vocab: 100,
         rope_theta: 10_000.0,
+        rope_factors: Vec::new(),
         rms_eps: 1e-5,
         max_len: 512,
+        window: None,
         eos_ids: vec![1],
     };
     let (hidden, ffn) = (64, 96);
@@ -103,6 +105,8 @@ fn tiny_model(
             q: matrix(dtype, queries, hidden),
             k: matrix(dtype, keys, hidden),
             v: matrix(value_dtype, keys, hidden),
+            qkv_bias: None,
+            qk_norm: None,
             o: matrix(dtype, hidden, queries),
             ffn_norm: norm(hidden),
             gate: matrix(dtype, ffn, hidden),
