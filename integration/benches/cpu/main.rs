@@ -17,7 +17,7 @@ mod split;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use baton_integration::files;
 use clap::{Parser, ValueEnum};
 
@@ -94,6 +94,7 @@ fn run(cli: Cli) -> Result<()> {
     let (threads, rounds) = (cli.threads.max(1), cli.rounds.max(1));
     let setting = Setting { model, threads, rounds, llama, ik_llama };
     println!("{}\n", headline(&setting)?);
+    let mut failed = 0;
     let all = [Part::Engine, Part::Served, Part::Split, Part::Memory];
     for part in all.into_iter().filter(|part| cli.parts.is_empty() || cli.parts.contains(part)) {
         let table = match part {
@@ -102,8 +103,15 @@ fn run(cli: Cli) -> Result<()> {
             Part::Split => split::run(&setting),
             Part::Memory => memory::run(&setting),
         };
-        println!("{}\n", table?);
+        match table {
+            Ok(table) => println!("{table}\n"),
+            Err(error) => {
+                println!("bench: {error:#}\n");
+                failed += 1;
+            }
+        }
     }
+    ensure!(failed == 0, "{failed} parts could not be measured");
     Ok(())
 }
 

@@ -1,11 +1,16 @@
 //! llama.cpp and ik_llama.cpp in process: their own benchmark programs, one figure a call.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::Setting;
+
+/// No call takes longer.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A peer's benchmark programs.
 pub struct Peer {
@@ -87,12 +92,26 @@ impl Peer {
         let path = self.folder.join(program);
         // One of them writes a log into the current folder.
         let folder = tempfile::tempdir()?;
+        let [out, err] = ["out", "err"].map(|name| folder.path().join(name));
         let mut command = Command::new(&path);
         command.current_dir(folder.path()).stdin(Stdio::null());
+        command.stdout(File::create(&out)?).stderr(File::create(&err)?);
         command.arg("-m").arg(&self.model).args(["-t", &self.threads]).args(args);
-        let output = command.output().with_context(|| path.display().to_string())?;
-        let errors = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{command:?} ended with {}:\n{errors}", output.status);
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        let mut child = command.spawn().with_context(|| path.display().to_string())?;
+        let begun = Instant::now();
+        let status = loop {
+            if let Some(status) = child.try_wait()? {
+                break status;
+            }
+            if begun.elapsed() > PATIENCE {
+                child.kill()?;
+                child.wait()?;
+                bail!("`{program}` takes longer than {PATIENCE:?}");
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        let errors = std::fs::read_to_string(&err).unwrap_or_default();
+        ensure!(status.success(), "{command:?} ended with {status}:\n{errors}");
+        Ok(std::fs::read_to_string(&out)?)
     }
 }

@@ -1,5 +1,6 @@
 //! Turns, medians, ratios, and the table that comes of them.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::time::Instant;
 
@@ -52,10 +53,11 @@ impl Table {
         self.notes.push(text.into());
     }
 
-    /// Lets everybody have `rounds` turns and adds a row for each figure. Gives the first contestant's medians.
+    /// Lets everybody have `rounds` turns and adds a row for each figure. Gives the first contestant's medians. A peer
+    /// that fails is left out from there on, and said to have failed.
     ///
     /// # Errors
-    /// The first one of a contestant.
+    /// The first contestant's.
     pub fn contest(
         &mut self,
         rounds: usize,
@@ -63,12 +65,23 @@ impl Table {
         mut contestants: Vec<Contestant<'_>>,
     ) -> Result<Vec<f64>> {
         let mut turns: Vec<Vec<Vec<f64>>> = vec![Vec::new(); contestants.len()];
+        let mut failed = BTreeSet::new();
         let busy = Busy::now();
         for round in 0..rounds {
             for place in 0..contestants.len() {
                 // Nobody always comes after the same one.
                 let who = (place + round) % contestants.len();
-                turns[who].push(contestants[who].1()?);
+                if failed.contains(&who) {
+                    continue;
+                }
+                match contestants[who].1() {
+                    Ok(turn) => turns[who].push(turn),
+                    Err(error) if who > 0 => {
+                        self.note(format!("{} failed: {error:#}", contestants[who].0));
+                        failed.insert(who);
+                    }
+                    Err(error) => return Err(error),
+                }
             }
         }
         for (i, figure) in figures.iter().enumerate() {
@@ -76,6 +89,11 @@ impl Table {
             let first = of(0);
             let mut cells = vec![String::new(); self.names.len()];
             for (who, (name, _)) in contestants.iter().enumerate() {
+                let column = self.names.iter().position(|known| known == name).unwrap_or(who);
+                if failed.contains(&who) {
+                    cells[column] = "failed".into();
+                    continue;
+                }
                 let mut values = of(who);
                 let ratios = values.iter().zip(&first).map(|(other, first)| {
                     if figure.more_is_better { first / other } else { other / first }
@@ -85,8 +103,7 @@ impl Table {
                 if who > 0 {
                     let _ = write!(cell, ", ratio **{ratio:.2}**");
                 }
-                let column = self.names.iter().position(|known| known == name);
-                cells[column.unwrap_or(who)] = cell;
+                cells[column] = cell;
             }
             let what = figure.what.to_owned();
             self.rows.push(Row { what, cells });

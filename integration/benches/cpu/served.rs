@@ -13,7 +13,7 @@ use crate::servers::Server;
 const CROWD: Crowd = Crowd { clients: 8, requests: 2, prompt: 128, answer: 64 };
 /// Beside four running streams, prompts of 1,500 tokens.
 const STREAMS: usize = 4;
-const PROMPTS: usize = 4;
+const PROMPTS: usize = 3;
 const LENGTH: usize = 1500;
 
 const FIGURES: [Figure; 5] = [

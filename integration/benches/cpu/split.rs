@@ -17,7 +17,7 @@ use crate::servers::Server;
 /// Short prompts, long answers.
 const CROWD: Crowd = Crowd { clients: 8, requests: 1, prompt: 32, answer: 128 };
 const STREAMS: usize = 4;
-const PROMPTS: usize = 4;
+const PROMPTS: usize = 3;
 const LENGTH: usize = 1500;
 
 const FIGURES: [Figure; 4] = [

@@ -2,7 +2,7 @@
 //!
 //! Log-probabilities of single tokens move with 8-bit activations; their mean over a text must not.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use baton_integration::files;
 use baton_shared::id::BlockIndex;
@@ -35,7 +35,7 @@ fn recorded(text: &str) -> Recorded {
 }
 
 /// The sums of log-probabilities of some windows, read side by side.
-fn logprobs(path: &PathBuf, windows: &[&[u32]]) -> Vec<f64> {
+fn logprobs(path: &Path, windows: &[&[u32]]) -> Vec<f64> {
     let steps = windows.iter().map(|window| window.len()).max().unwrap() as u32;
     let count = windows.len() as u32;
     let blocks = steps.div_ceil(BLOCK_TOKENS);
@@ -84,7 +84,7 @@ fn logprobs(path: &PathBuf, windows: &[&[u32]]) -> Vec<f64> {
 }
 
 /// How much the engine's perplexity of the first `most` windows is above the recorded pass's, as a part of it.
-fn excess(recorded: &Recorded, path: &PathBuf, most: usize) -> f64 {
+fn excess(recorded: &Recorded, path: &Path, most: usize) -> f64 {
     let windows: Vec<&[u32]> = recorded.ids.chunks(recorded.window).take(most).collect();
     let tokens: usize = windows.iter().map(|window| window.len() - 1).sum();
     let ours = logprobs(path, &windows);
