@@ -1,5 +1,6 @@
 //! Real models' tokenizers against ids that llama.cpp gave for the same strings.
 #![cfg(feature = "text")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
