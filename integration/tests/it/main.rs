@@ -14,6 +14,7 @@ mod handover;
 mod mixed;
 mod openai_client;
 mod perplexity;
+mod prefix;
 mod random_faults;
 mod router_faults;
 mod spine;
