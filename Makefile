@@ -31,7 +31,7 @@ bench-setup: setup
 ## The readers of untrusted files under libFuzzer, FUZZ_SECONDS each.
 FUZZ_SECONDS ?= 600
 fuzz: setup
-	@fuzz/run.sh $(FUZZ_SECONDS)
+	@integration/fuzz/run.sh $(FUZZ_SECONDS)
 
 ## What a build and a run need beyond the toolchain, into .deps.
 setup:

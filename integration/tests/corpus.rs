@@ -4,14 +4,14 @@
 
 use std::path::Path;
 
-#[path = "../../fuzz/src/lib.rs"]
+#[path = "../fuzz/src/lib.rs"]
 mod targets;
 
 use targets::{Folder, checked, gguf_header, gguf_model, safetensors};
 
 /// Every file whole, and cut at some places.
 fn replay(name: &str, target: impl Fn(&[u8])) -> usize {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(name);
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);
     let mut files = 0;
     for entry in std::fs::read_dir(&folder).unwrap() {
         let path = entry.unwrap().path();

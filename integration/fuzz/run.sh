@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds the fuzz targets with coverage instrumentation (libFuzzer, on the stable toolchain) and runs them one after
-# another, from the committed corpus on; what they find lands in fuzz/found (inputs) and fuzz/artifacts (failures).
+# another, from the committed corpus on; what they find lands in found/ (inputs) and artifacts/ (failures).
 #
-#   fuzz/run.sh [SECONDS] [TARGET...]     600 seconds each and all targets by default
+#   integration/fuzz/run.sh [SECONDS] [TARGET...]     600 seconds each and all targets by default
 set -euo pipefail
 cd "$(dirname "$0")"
 
