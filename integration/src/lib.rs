@@ -7,6 +7,7 @@ pub mod client;
 pub mod cluster;
 pub mod eventually;
 pub mod failpoints;
+pub mod fake_hub;
 pub mod files;
 pub mod mock_worker;
 pub mod oracle;

@@ -3,12 +3,11 @@
 //! In this order, so that what is cheap to find wrong is found first. Nothing is served here.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::{Component, Path};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use baton_shared::config::ConfigError;
 use baton_shared::id::{IdMint, Incarnation, WorkerId};
 use baton_shared::kv::fingerprint::{Architecture, Revision, fingerprint};
 use baton_shared::kv::layout::KvDtype;
@@ -18,13 +17,14 @@ use baton_shared::wire::auth::Keys;
 use crate::api::worker::{Limits, Worker, unix_seconds};
 use crate::backend::cpu::{CpuBackend, CpuOptions, Simd};
 use crate::backend::{Backend, warm_up};
-use crate::config::{Secret, WorkerConfig, not_yet};
+use crate::config::{Secret, WorkerConfig};
 use crate::engine::{EngineConfig, EngineHandle, Parts, StepPace, engine};
 use crate::handover::PeerAddress;
 use crate::handover::mover::{Mover, MoverHandle, MoverRegions, MoverSettings, OpenTransport};
 use crate::handover::nixl::{AgentRole, NixlLibrary, NixlSettings, NixlTransport, agent_name};
 use crate::kv::region::{EpochPage, KvRegion};
 use crate::metrics::Metrics;
+use crate::model::hub::{self, HubSettings, ModelId};
 use crate::model::{self, ModelError, ModelFiles, ModelSpec, Source};
 use crate::text::model::ModelTexts;
 
@@ -36,11 +36,16 @@ pub struct Assembled {
     pub mover: MoverHandle,
 }
 
-/// Loads and starts everything; `address` is where HTTP will be served.
+/// Loads and starts everything, downloads the model first if it is a hub id that is not here; `address` is where HTTP
+/// will be served, `environment` looks a variable up.
 ///
 /// # Errors
 /// What is missing or does not work, with the file or setting.
-pub fn assemble(config: &WorkerConfig, address: SocketAddr) -> Result<Assembled> {
+pub fn assemble(
+    config: &WorkerConfig,
+    address: SocketAddr,
+    environment: impl Fn(&str) -> Option<String>,
+) -> Result<Assembled> {
     let keys =
         match (&config.auth.internal_request_auth_key_file, &config.auth.internal_request_auth_key)
         {
@@ -49,8 +54,7 @@ pub fn assemble(config: &WorkerConfig, address: SocketAddr) -> Result<Assembled>
             (None, None) => Keys::none(),
         };
     let library = NixlLibrary::load(config.nixl.library_dir.as_deref())?;
-    let path = Path::new(config.model.as_deref().unwrap_or_default());
-    refuse_hub_id(path)?;
+    let path = &find_model(config, environment)?;
     let begun = Instant::now();
     tracing::info!(path = %path.display(), "loading the model");
     let mut files = model::open(path)?;
@@ -87,7 +91,7 @@ pub fn assemble(config: &WorkerConfig, address: SocketAddr) -> Result<Assembled>
     let worker = Worker {
         engine: handle,
         texts: Arc::new(texts),
-        names: served_names(config, path),
+        names: served_names(config),
         role: config.role,
         id,
         address: address.to_string(),
@@ -127,16 +131,18 @@ pub fn peer_address(config: &WorkerConfig, bound: SocketAddr) -> Result<SocketAd
     Ok(SocketAddr::new(ip, bound.port()))
 }
 
-/// Hub ids come later; say so where a path that is not there looks like one.
-fn refuse_hub_id(path: &Path) -> Result<(), ConfigError> {
-    let parts = path.components().count();
-    let is_relative = path.components().all(|part| matches!(part, Component::Normal(_)));
-    let is_file = path.extension().is_some_and(|ending| ending == "gguf");
-    if parts == 2 && is_relative && !is_file && !path.exists() {
-        let instead = "there is no such folder, and hub ids are not downloaded; name a folder or a `.gguf` file";
-        return Err(not_yet("model", path.display(), instead));
+/// Where the configured model is: as it says, or, where nothing is there and it looks like one, as a hub id.
+fn find_model(
+    config: &WorkerConfig,
+    environment: impl Fn(&str) -> Option<String>,
+) -> Result<PathBuf> {
+    let model = config.model.as_deref().unwrap_or_default();
+    match ModelId::parse(model) {
+        Some(id) if !Path::new(model).exists() => {
+            Ok(hub::fetch(&id, &HubSettings::from_environment(environment)?)?)
+        }
+        Some(_) | None => Ok(PathBuf::from(model)),
     }
-    Ok(())
 }
 
 /// How NIXL is started.
@@ -301,20 +307,31 @@ fn engine_config(config: &WorkerConfig, limits: &Limits, spec: &ModelSpec) -> En
 }
 
 /// The configured names, else one made from the model's.
-fn served_names(config: &WorkerConfig, path: &Path) -> Vec<String> {
+fn served_names(config: &WorkerConfig) -> Vec<String> {
     if !config.served_model_names.is_empty() {
         return config.served_model_names.clone();
     }
+    let model = config.model.as_deref().unwrap_or_default();
+    let path = Path::new(model);
     let text = |part: &std::ffi::OsStr| part.to_string_lossy().into_owned();
-    let is_gguf = path.extension().is_some_and(|ending| ending == "gguf");
-    let name = if is_gguf {
-        path.file_stem().map(|stem| without_quantisation(&text(stem)).to_owned())
-    } else {
-        // `.` and `dir/..` have no name of their own.
-        let named = path.file_name().map(text);
-        named.or_else(|| path.canonicalize().ok()?.file_name().map(text))
+    let id = ModelId::parse(model).filter(|_| !path.exists());
+    let file = match &id {
+        Some(ModelId { file: Some(file), .. }) => Some(Path::new(file)),
+        Some(_) => None,
+        None => path.extension().is_some_and(|ending| ending == "gguf").then_some(path),
     };
-    vec![name.unwrap_or_else(|| path.to_string_lossy().into_owned())]
+    let name = match (file, &id) {
+        (Some(file), _) => {
+            file.file_stem().map(|stem| without_quantisation(&text(stem)).to_owned())
+        }
+        (None, Some(id)) => Some(id.repository()),
+        (None, None) => {
+            // `.` and `dir/..` have no name of their own.
+            let named = path.file_name().map(text);
+            named.or_else(|| path.canonicalize().ok()?.file_name().map(text))
+        }
+    };
+    vec![name.unwrap_or_else(|| model.to_owned())]
 }
 
 /// `SmolLM2-135M-Instruct.Q4_1` without `.Q4_1`; also with `-` before it.
@@ -334,7 +351,8 @@ mod tests {
     use super::*;
 
     fn name_of(model: &str) -> String {
-        served_names(&WorkerConfig::default(), Path::new(model)).remove(0)
+        let config = WorkerConfig { model: Some(model.into()), ..WorkerConfig::default() };
+        served_names(&config).remove(0)
     }
 
     #[test]
@@ -347,12 +365,15 @@ mod tests {
             ("model-v2.gguf", "model-v2"),
             ("/models/tiny-4", "tiny-4"),
             ("/models/tiny-4/", "tiny-4"),
+            ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+            ("a/b@v1", "a/b"),
+            ("a/b-GGUF/q4/b.Q4_K_M.gguf@v1", "b"),
         ] {
             assert_eq!(name_of(model), name);
         }
         let config =
             WorkerConfig { served_model_names: vec!["a".into()], ..WorkerConfig::default() };
-        assert_eq!(served_names(&config, Path::new("b")), ["a"]);
+        assert_eq!(served_names(&config), ["a"]);
     }
 
     #[test]

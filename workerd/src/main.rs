@@ -77,7 +77,7 @@ fn run(args: Args) -> Result<ExitCode> {
     // waits for an answer meanwhile.
     let socket = bind(&config)?;
     let address = peer_address(&config, socket.local_addr()?)?;
-    let Assembled { worker, mover } = assemble(&config, address)?;
+    let Assembled { worker, mover } = assemble(&config, address, variable)?;
     let metrics = Arc::clone(&worker.metrics);
     let end = runtime.block_on(async {
         let listener = socket.listen(BACKLOG).with_context(|| format!("listening on {address}"))?;

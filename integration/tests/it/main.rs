@@ -11,6 +11,7 @@ mod equality;
 mod fire;
 mod golden;
 mod handover;
+mod hub;
 mod mixed;
 mod openai_client;
 mod perplexity;

@@ -8,6 +8,7 @@ pub mod config_json;
 pub mod dequantize;
 pub mod error;
 pub mod gguf;
+pub mod hub;
 pub mod load;
 mod members;
 pub mod progress;
