@@ -49,7 +49,7 @@ impl GgufFile {
         Ok(Self { header: Gguf::parse(&bytes)?, bytes })
     }
 
-    /// A tensor of type F32, F16, BF16, Q8_0 or Q4_1.
+    /// A tensor of type F32, F16, BF16, Q8_0, Q4_1, Q5_0, Q4_K or Q6_K.
     ///
     /// # Errors
     /// When it is missing, of another type or cut.
@@ -63,7 +63,10 @@ impl GgufFile {
             0 => (n * 4, f32s),
             1 => (n * 2, f16s),
             3 => (n / 32 * 20, q4_1s),
+            6 => (n / 32 * 22, q5_0s),
             8 => (n / 32 * 34, q8_0s),
+            12 => (n / 256 * 144, q4_ks),
+            14 => (n / 256 * 210, q6_ks),
             30 => (n * 2, bf16s),
             other => bail!("tensor `{name}` has ggml type {other}"),
         };
@@ -172,6 +175,60 @@ fn q4_1s(bytes: &[u8]) -> Vec<f32> {
             for q in &block[4..] {
                 out.push(f32::from((q >> shift) & 0xf) * head[0] + head[1]);
             }
+        }
+    }
+    out
+}
+
+fn q5_0s(bytes: &[u8]) -> Vec<f32> {
+    let mut out = Vec::with_capacity(bytes.len() / 22 * 32);
+    for block in bytes.chunks_exact(22) {
+        let scale = f16s(&block[..2])[0];
+        let high = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
+        for i in 0..32 {
+            let low = (block[6 + i % 16] >> (i / 16 * 4)) & 0xf;
+            let q = u32::from(low) | (high >> i & 1) << 4;
+            out.push((q as f32 - 16.0) * scale);
+        }
+    }
+    out
+}
+
+fn q4_ks(bytes: &[u8]) -> Vec<f32> {
+    let mut out = Vec::with_capacity(bytes.len() / 144 * 256);
+    for block in bytes.chunks_exact(144) {
+        let head = f16s(&block[..4]);
+        let (packed, quants) = block[4..].split_at(12);
+        // Eight scales and eight minima of six bits each.
+        let six = |i: usize| match i {
+            0..4 => (packed[i] & 63, packed[i + 4] & 63),
+            _ => (
+                packed[i + 4] & 0xf | packed[i - 4] >> 6 << 4,
+                packed[i + 4] >> 4 | packed[i] >> 6 << 4,
+            ),
+        };
+        for group in 0..8 {
+            let (scale, least) = six(group);
+            for q in &quants[group / 2 * 32..][..32] {
+                let q = q >> (group % 2 * 4) & 0xf;
+                out.push(head[0] * f32::from(scale) * f32::from(q) - head[1] * f32::from(least));
+            }
+        }
+    }
+    out
+}
+
+fn q6_ks(bytes: &[u8]) -> Vec<f32> {
+    let mut out = Vec::with_capacity(bytes.len() / 210 * 256);
+    for block in bytes.chunks_exact(210) {
+        let scale = f16s(&block[208..])[0];
+        for i in 0..256 {
+            // Halves of 128, each of four rows of 32.
+            let (half, row, at) = (i / 128, i % 128 / 32, i % 32);
+            let low = block[half * 64 + row % 2 * 32 + at] >> (row / 2 * 4) & 0xf;
+            let high = block[128 + half * 32 + at] >> (2 * row) & 3;
+            let q = f32::from(low | high << 4) - 32.0;
+            out.push(scale * f32::from(block[192 + i / 16].cast_signed()) * q);
         }
     }
     out

@@ -21,13 +21,13 @@ const BLOCK_TOKENS: u32 = 32;
 const BLOCKS: u32 = 20;
 
 /// One sequence on a CPU back end, alone.
-struct Engine {
+pub struct Engine {
     backend: CpuBackend,
     len: u32,
 }
 
 impl Engine {
-    fn new(path: &Path, simd: Simd) -> Self {
+    pub fn new(path: &Path, simd: Simd) -> Self {
         let options = CpuOptions {
             threads: 2,
             max_sequences: 1,
@@ -40,7 +40,7 @@ impl Engine {
     }
 
     /// Begins a text: natural-log probabilities of what follows `ids`, `[vocab]`.
-    fn begin(&mut self, ids: &[u32]) -> Vec<f32> {
+    pub fn begin(&mut self, ids: &[u32]) -> Vec<f32> {
         self.len = 0;
         let vocab = self.backend.caps().vocab;
         let sampling = SamplingParams { logprobs: Some(vocab), ..SamplingParams::greedy() };

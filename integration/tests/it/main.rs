@@ -18,6 +18,7 @@ mod perplexity;
 mod prefix;
 mod random_faults;
 mod router_faults;
+mod second_model;
 mod spine;
 mod startup;
 mod streaming;

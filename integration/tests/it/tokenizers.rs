@@ -45,7 +45,7 @@ fn assert_agree(tokenizer: &Tokenizer, cases: &[Case], shown: impl Fn(&str) -> S
 }
 
 /// A model of `integration/optional-models.sh`, or nothing and a line that says so.
-fn optional(test: &str, file: &str) -> Option<PathBuf> {
+pub fn optional(test: &str, file: &str) -> Option<PathBuf> {
     let path = files::optional_model(file);
     if path.is_none() {
         skipped(test, &format!("{file} was not to be had (integration/optional-models.sh)"));
