@@ -22,6 +22,6 @@ for target in "${targets[@]}"; do
     mkdir -p "found/$target" "artifacts/$target"
     echo "=== $target: $seconds s"
     TMPDIR=$work "target/x86_64-unknown-linux-gnu/release/$target" "found/$target" "corpus/$target" \
-        -max_total_time="$seconds" -max_len=16384 -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 \
+        -max_total_time="$seconds" -max_len=32768 -timeout=30 -rss_limit_mb=1024 -print_final_stats=1 \
         -artifact_prefix="artifacts/$target/" 2>&1 | tee "artifacts/$target/log" | tail -20
 done
