@@ -175,7 +175,7 @@ impl Driver {
             max_batch_tokens: args.chunk.max(max_sequences),
             blocks: args.rows.iter().map(blocks).max().unwrap_or(1),
             block_tokens: BLOCK_TOKENS,
-            simd: if args.scalar { Simd::Scalar } else { Simd::Auto },
+            simd: if args.scalar { Simd::Named("scalar") } else { Simd::Auto },
         };
         let backend = CpuBackend::new(&model, &options)?;
         let (chunk, steps) = (args.chunk, args.steps);

@@ -1,8 +1,25 @@
 //! Stored rows as f32: what a weight *means*, one element at a time. Kernels are the back ends' business.
+//!
+//! Quantised types as GGUF has them. An element is `scale * (code - offset)` or `scale * code + minimum`; codes are
+//! 4 to 8 bits:
+//!
+//! | type | a block, in bytes |
+//! | --- | --- |
+//! | Q8_0 | f16 scale, 32 × i8 |
+//! | Q4_0, Q4_1 | f16 scale, (Q4_1: f16 minimum), 16 × two nibbles: elements `i` (low) and `16 + i` |
+//! | Q5_0, Q5_1 | f16 scale, (Q5_1: f16 minimum), 32 fifth bits, nibbles as above |
+//! | Q4_K | f16 `d`, f16 `dmin`, 8 × 6-bit scale and minimum in 12 bytes, 4 × 32 × two nibbles: elements `64 k + i` (low) and `64 k + 32 + i`; scales are `d` times, minima `-dmin` times the 6 bits |
+//! | Q5_K | as Q4_K, with 32 bytes before the nibbles: bit `k` of byte `i` is the fifth bit of element `32 k + i` |
+//! | Q6_K | 128 bytes of nibbles, 64 bytes of two upper bits, 16 × i8 scale, f16 `d` |
+
+use std::array::from_fn;
 
 use half::{bf16, f16};
 
 use super::{Weight, WeightType};
+
+/// Elements that [`codes`] gives at a time.
+const GROUP: usize = 32;
 
 /// Row `row` of a matrix as f32, `weight.cols` elements.
 ///
@@ -12,38 +29,92 @@ pub fn dequantize(weight: &Weight, row: usize) -> Vec<f32> {
     assert!(row < weight.rows, "row {row} of a matrix of {} rows", weight.rows);
     let n = weight.dtype.row_bytes(weight.cols);
     let bytes = &weight.bytes[row * n..(row + 1) * n];
-    let mut out = Vec::with_capacity(weight.cols);
     match weight.dtype {
         WeightType::F32 => {
-            let (words, _) = bytes.as_chunks::<4>();
-            out.extend(words.iter().map(|w| f32::from_le_bytes(*w)));
+            bytes.as_chunks::<4>().0.iter().map(|w| f32::from_le_bytes(*w)).collect()
         }
         WeightType::F16 => {
-            let (words, _) = bytes.as_chunks::<2>();
-            out.extend(words.iter().map(|w| f16::from_le_bytes(*w).to_f32()));
+            bytes.as_chunks::<2>().0.iter().map(|w| f16::from_le_bytes(*w).to_f32()).collect()
         }
         WeightType::Bf16 => {
-            let (words, _) = bytes.as_chunks::<2>();
-            out.extend(words.iter().map(|w| bf16::from_le_bytes(*w).to_f32()));
+            bytes.as_chunks::<2>().0.iter().map(|w| bf16::from_le_bytes(*w).to_f32()).collect()
         }
-        WeightType::Q8_0 => {
-            let (blocks, _) = bytes.as_chunks::<34>();
-            for b in blocks {
-                let scale = f16::from_le_bytes([b[0], b[1]]).to_f32();
-                out.extend(b[2..].iter().map(|q| f32::from(*q as i8) * scale));
-            }
-        }
-        WeightType::Q4_1 => {
-            let (blocks, _) = bytes.as_chunks::<20>();
-            for b in blocks {
-                let scale = f16::from_le_bytes([b[0], b[1]]).to_f32();
-                let least = f16::from_le_bytes([b[2], b[3]]).to_f32();
-                out.extend(b[4..].iter().map(|q| f32::from(q & 15) * scale + least));
-                out.extend(b[4..].iter().map(|q| f32::from(q >> 4) * scale + least));
-            }
-        }
+        dtype => (0..weight.cols / GROUP).flat_map(|at| group(dtype, bytes, at)).collect(),
     }
-    out
+}
+
+/// Elements `32 * at..` of a quantised row.
+fn group(dtype: WeightType, row: &[u8], at: usize) -> [f32; GROUP] {
+    let codes = codes(dtype, row, at);
+    let half = |at: usize| f16::from_le_bytes([row[at], row[at + 1]]).to_f32();
+    // Of the block that they are in.
+    let start = at * GROUP / dtype.block().0 as usize * dtype.block().1 as usize;
+    let less = |scale: f32, offset: i32| codes.map(|q| scale * (i32::from(q) - offset) as f32);
+    let affine = |scale: f32, minimum: f32| codes.map(|q| scale * f32::from(q) + minimum);
+    match dtype {
+        WeightType::Q8_0 => codes.map(|q| half(start) * f32::from(q.cast_signed())),
+        WeightType::Q4_0 => less(half(start), 8),
+        WeightType::Q5_0 => less(half(start), 16),
+        WeightType::Q4_1 | WeightType::Q5_1 => affine(half(start), half(start + 2)),
+        WeightType::Q4K | WeightType::Q5K => {
+            let (scale, minimum) = six_bits(&row[start + 4..], at % 8);
+            affine(half(start) * f32::from(scale), -(half(start + 2) * f32::from(minimum)))
+        }
+        WeightType::Q6K => {
+            let scale = |i: usize| f32::from(row[start + 192 + at % 8 * 2 + i / 16].cast_signed());
+            from_fn(|i| half(start + 208) * scale(i) * (f32::from(codes[i]) - 32.0))
+        }
+        WeightType::F32 | WeightType::F16 | WeightType::Bf16 => unreachable!("no codes"),
+    }
+}
+
+/// The codes of elements `32 * at..` of a quantised row, as stored (those of Q8_0 are two's complements).
+///
+/// # Panics
+/// If the type has no codes or the row no such elements.
+pub fn codes(dtype: WeightType, row: &[u8], at: usize) -> [u8; GROUP] {
+    let nibbles = |from: usize| -> [u8; GROUP] {
+        let bytes = &row[from..from + 16];
+        from_fn(|i| if i < 16 { bytes[i] & 15 } else { bytes[i - 16] >> 4 })
+    };
+    let fifths = |from: usize, nibbles: [u8; GROUP]| -> [u8; GROUP] {
+        let bits = u32::from_le_bytes([row[from], row[from + 1], row[from + 2], row[from + 3]]);
+        from_fn(|i| nibbles[i] | ((bits >> i & 1) as u8) << 4)
+    };
+    let (block, part) = (at / 8 * dtype.row_bytes(256), at % 8);
+    match dtype {
+        WeightType::Q8_0 => from_fn(|i| row[at * 34 + 2 + i]),
+        WeightType::Q4_0 => nibbles(at * 18 + 2),
+        WeightType::Q4_1 => nibbles(at * 20 + 4),
+        WeightType::Q5_0 => fifths(at * 22 + 2, nibbles(at * 22 + 6)),
+        WeightType::Q5_1 => fifths(at * 24 + 4, nibbles(at * 24 + 8)),
+        WeightType::Q4K => {
+            let bytes = &row[block + 16 + part / 2 * 32..][..32];
+            from_fn(|i| bytes[i] >> (part % 2 * 4) & 15)
+        }
+        WeightType::Q5K => {
+            let (fifth, bytes) = row[block + 16..].split_at(32);
+            let bytes = &bytes[part / 2 * 32..][..32];
+            from_fn(|i| bytes[i] >> (part % 2 * 4) & 15 | (fifth[i] >> part & 1) << 4)
+        }
+        WeightType::Q6K => {
+            let (half, quarter) = (part / 4, part % 4);
+            let low = &row[block + half * 64 + quarter % 2 * 32..][..32];
+            let high = &row[block + 128 + half * 32..][..32];
+            from_fn(|i| low[i] >> (quarter / 2 * 4) & 15 | (high[i] >> (quarter * 2) & 3) << 4)
+        }
+        WeightType::F32 | WeightType::F16 | WeightType::Bf16 => panic!("{dtype:?} has no codes"),
+    }
+}
+
+/// The 6-bit scale and minimum number `at` of 8, from the 12 bytes that Q4_K and Q5_K pack them into.
+pub fn six_bits(bytes: &[u8], at: usize) -> (u8, u8) {
+    if at < 4 {
+        (bytes[at] & 63, bytes[at + 4] & 63)
+    } else {
+        let upper = |i: usize| bytes[i] >> 6 << 4;
+        (bytes[at + 4] & 15 | upper(at - 4), bytes[at + 4] >> 4 | upper(at))
+    }
 }
 
 #[cfg(test)]
@@ -54,6 +125,33 @@ mod tests {
 
     fn row(dtype: WeightType, cols: usize, bytes: Vec<u8>) -> Vec<f32> {
         dequantize(&Weight { dtype, rows: 1, cols, bytes: Arc::new(bytes) }, 0)
+    }
+
+    fn from_hex(text: &str) -> Vec<u8> {
+        (0..text.len())
+            .step_by(2)
+            .map(|i| u8::from_str_radix(&text[i..i + 2], 16).unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn quantised_blocks_mean_what_gguf_files_mean_by_them() {
+        let mut seen = Vec::new();
+        for line in include_str!("dequantized.txt").lines().skip(1) {
+            let [name, blocks, expected] = line.split(' ').collect::<Vec<_>>()[..] else {
+                panic!()
+            };
+            let dtype = WeightType::ALL.into_iter().find(|t| t.name() == name).unwrap();
+            let expected: Vec<f32> = from_hex(expected)
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|bytes| f32::from_le_bytes(*bytes))
+                .collect();
+            assert_eq!(row(dtype, expected.len(), from_hex(blocks)), expected, "{name}");
+            seen.push(dtype);
+        }
+        assert_eq!(seen.len(), WeightType::ALL.len() - 3);
     }
 
     #[test]

@@ -53,7 +53,11 @@ pub fn open(path: &Path) -> Result<(ModelSpec, Tensors, Gguf), ModelError> {
         })?;
         let shape: Vec<u64> = info.dims.iter().rev().copied().collect();
         let len = stored_bytes(dtype, &shape).ok_or_else(|| {
-            let rule = format!("of type {} cannot have shape {shape:?}", dtype.name());
+            let rule = format!(
+                "of type {} cannot have shape {shape:?}: rows are whole blocks of {}",
+                dtype.name(),
+                dtype.block().0
+            );
             ModelError::tensor(path, &info.name, rule)
         })?;
         let offset = header.data_offset.saturating_add(info.offset);
@@ -68,8 +72,14 @@ fn weight_type(kind: u32) -> Option<WeightType> {
     match kind {
         0 => Some(WeightType::F32),
         1 => Some(WeightType::F16),
+        2 => Some(WeightType::Q4_0),
         3 => Some(WeightType::Q4_1),
+        6 => Some(WeightType::Q5_0),
+        7 => Some(WeightType::Q5_1),
         8 => Some(WeightType::Q8_0),
+        12 => Some(WeightType::Q4K),
+        13 => Some(WeightType::Q5K),
+        14 => Some(WeightType::Q6K),
         30 => Some(WeightType::Bf16),
         _ => None,
     }
@@ -77,15 +87,9 @@ fn weight_type(kind: u32) -> Option<WeightType> {
 
 fn ggml_name(kind: u32) -> &'static str {
     match kind {
-        2 => "Q4_0",
-        6 => "Q5_0",
-        7 => "Q5_1",
         9 => "Q8_1",
         10 => "Q2_K",
         11 => "Q3_K",
-        12 => "Q4_K",
-        13 => "Q5_K",
-        14 => "Q6_K",
         15 => "Q8_K",
         16..=23 | 29 => "IQ",
         24..=27 => "integers",

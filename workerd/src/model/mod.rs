@@ -59,7 +59,8 @@ pub struct ModelSpec {
     pub eos_ids: Vec<u32>,
 }
 
-/// Element type of stored weights. Quantised types are GGUF's blocks of 32 along a row.
+/// Element type of stored weights. Quantised types are GGUF's blocks along a row; [`dequantize`](dequantize()) says
+/// what their bytes mean.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum WeightType {
     /// 4 bytes.
@@ -68,10 +69,22 @@ pub enum WeightType {
     F16,
     /// 2 bytes.
     Bf16,
-    /// 34 bytes a 32: f16 scale, 32 × i8.
+    /// 8 bits, a scale each 32.
     Q8_0,
-    /// 20 bytes a 32: f16 scale, f16 minimum, 16 × two nibbles (low nibbles first half).
+    /// 4 bits less 8, a scale each 32.
+    Q4_0,
+    /// 4 bits, a scale and a minimum each 32.
     Q4_1,
+    /// 5 bits less 16, a scale each 32.
+    Q5_0,
+    /// 5 bits, a scale and a minimum each 32.
+    Q5_1,
+    /// 4 bits, a 6-bit scale and a 6-bit minimum each 32, a scale of either each 256.
+    Q4K,
+    /// 5 bits, else as [`WeightType::Q4K`].
+    Q5K,
+    /// 6 bits less 32, an 8-bit scale each 16, a scale of these each 256.
+    Q6K,
 }
 
 /// A matrix as stored: `rows` outputs, each of `cols` inputs, row-major.
@@ -185,7 +198,19 @@ impl Source for &Model {
 
 impl WeightType {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q4_1];
+    pub const ALL: [Self; 11] = [
+        Self::F32,
+        Self::F16,
+        Self::Bf16,
+        Self::Q8_0,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+    ];
 
     /// As formats write it.
     pub fn name(self) -> &'static str {
@@ -194,7 +219,13 @@ impl WeightType {
             Self::F16 => "F16",
             Self::Bf16 => "BF16",
             Self::Q8_0 => "Q8_0",
+            Self::Q4_0 => "Q4_0",
             Self::Q4_1 => "Q4_1",
+            Self::Q5_0 => "Q5_0",
+            Self::Q5_1 => "Q5_1",
+            Self::Q4K => "Q4_K",
+            Self::Q5K => "Q5_K",
+            Self::Q6K => "Q6_K",
         }
     }
 
@@ -204,17 +235,19 @@ impl WeightType {
             Self::F32 => (1, 4),
             Self::F16 | Self::Bf16 => (1, 2),
             Self::Q8_0 => (32, 34),
+            Self::Q4_0 => (32, 18),
             Self::Q4_1 => (32, 20),
+            Self::Q5_0 => (32, 22),
+            Self::Q5_1 => (32, 24),
+            Self::Q4K => (256, 144),
+            Self::Q5K => (256, 176),
+            Self::Q6K => (256, 210),
         }
     }
 
-    /// Bytes of a row of `cols` elements; `cols` is a multiple of 32 for quantised types.
+    /// Bytes of a row of `cols` elements, whole blocks.
     pub fn row_bytes(self, cols: usize) -> usize {
-        match self {
-            Self::F32 => cols * 4,
-            Self::F16 | Self::Bf16 => cols * 2,
-            Self::Q8_0 => cols / 32 * 34,
-            Self::Q4_1 => cols / 32 * 20,
-        }
+        let (elements, bytes) = self.block();
+        cols / elements as usize * bytes as usize
     }
 }

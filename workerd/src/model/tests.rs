@@ -253,7 +253,7 @@ fn a_tensor_that_is_missing_misshapen_of_another_type_or_unknown_is_named() {
         &|t| t[0].1 = vec![VOCAB, 8],
         "tensor `model.embed_tokens.weight` has shape [40, 8], expected [40, 32]",
     );
-    check(Dtype::I16, &|_| {}, "has type I16, supported are F32, F16, BF16, Q8_0, Q4_1");
+    check(Dtype::I16, &|_| {}, "has type I16, supported are F32, F16, BF16, Q8_0");
     check(
         Dtype::F32,
         &|t| t.push(("model.layers.0.self_attn.q_proj.bias".into(), vec![32])),
@@ -427,8 +427,11 @@ fn a_gguf_cut_anywhere_is_refused() {
 #[test]
 fn what_a_gguf_has_and_is_not_supported_is_named() {
     let retype = |kind: u32| gguf_bytes(move |t| t[4].2 = kind);
+    let e = refusal(gguf_file(&retype(10)).path());
+    let rule = "tensor `blk.0.attn_q.weight` has ggml type 10 (`Q2_K`), supported are F32, F16";
+    assert!(e.contains(rule), "{e}");
     let e = refusal(gguf_file(&retype(12)).path());
-    let rule = "tensor `blk.0.attn_q.weight` has ggml type 12 (`Q4_K`), supported are F32, F16";
+    let rule = "tensor `blk.0.attn_q.weight` of type Q4_K cannot have shape [32, 32]: rows are whole blocks of 256";
     assert!(e.contains(rule), "{e}");
     let e = refusal(gguf_file(&gguf_bytes(|t| t[3].0 = "blk.0.other.weight".into())).path());
     assert!(e.contains("tensor `blk.0.attn_norm.weight` is missing"), "{e}");

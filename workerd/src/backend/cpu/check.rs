@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use baton_shared::kv::layout::KvLayout;
 
-use super::kernels::{LANES, QUANT, wants_quantised};
+use super::kernels::LANES;
 use crate::backend::{BackendError, Caps};
 use crate::engine::step::{Input, Slot, StepPlan, StepSeq};
 use crate::model::{Layer, Model, ModelSpec, Weight};
@@ -95,8 +95,9 @@ fn matrix(name: &str, weight: &Weight, rows: usize, cols: usize) -> Result<(), S
     if (weight.rows, weight.cols) != (rows, cols) {
         return Err(format!("`{name}` is {}x{}, not {rows}x{cols}", weight.rows, weight.cols));
     }
-    if wants_quantised(weight.dtype) && !cols.is_multiple_of(QUANT) {
-        return Err(format!("`{name}` has {cols} columns, not a multiple of {QUANT}"));
+    let (block, _) = weight.dtype.block();
+    if !cols.is_multiple_of(block as usize) {
+        return Err(format!("`{name}` has {cols} columns, not a multiple of {block}"));
     }
     if weight.bytes.len() != rows * weight.dtype.row_bytes(cols) {
         return Err(format!("`{name}` has {} bytes", weight.bytes.len()));

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::attention;
-use super::kernels::{Kernels, LANES, QUANT, QuantBlock, TOKENS, Tile, wants_quantised};
+use super::kernels::{Kernels, QUANT, QuantBlock, ROWS, TOKENS, Tile, wants_quantised};
 use super::pieces::{Grid, Pieces, Split};
 use super::repack::Panels;
 use super::threads::Threads;
@@ -49,26 +49,14 @@ impl Team {
 pub struct Tiling {
     /// Where each tile's rows end.
     row_ends: Vec<usize>,
-    /// The same with each tile filled up to a size that kernels have.
-    token_ends: Vec<usize>,
 }
 
 impl Tiling {
-    /// For `rows` rows.
+    /// For `rows` rows: as few tiles as there can be, of about the same size.
     pub fn set(&mut self, rows: usize) {
+        let tiles = rows.div_ceil(TOKENS);
         self.row_ends.clear();
-        self.token_ends.clear();
-        let (mut row, mut token) = (0, 0);
-        while row < rows {
-            let left = rows - row;
-            // The largest size that is at least three quarters full.
-            let size = TOKENS.iter().rev().find(|&&size| left * 4 >= size * 3);
-            let size = size.copied().unwrap_or(1);
-            row += size.min(left);
-            token += size;
-            self.row_ends.push(row);
-            self.token_ends.push(token);
-        }
+        self.row_ends.extend((1..=tiles).map(|tile| tile * rows / tiles));
     }
 
     /// Rows.
@@ -81,17 +69,9 @@ impl Tiling {
         &self.row_ends
     }
 
-    fn tokens(&self) -> usize {
-        self.token_ends.last().copied().unwrap_or(0)
-    }
-
-    /// Each tile: its rows, its tokens.
-    fn tiles(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
-        (0..self.row_ends.len()).map(|tile| (self.rows_of(tile), run(&self.token_ends, tile)))
-    }
-
-    fn rows_of(&self, tile: usize) -> Range<usize> {
-        run(&self.row_ends, tile)
+    /// Rows of each tile.
+    fn tiles(&self) -> impl Iterator<Item = Range<usize>> {
+        (0..self.row_ends.len()).map(|tile| run(&self.row_ends, tile))
     }
 }
 
@@ -129,18 +109,19 @@ impl Activations {
         let blocks = if forms.quantised { cols / QUANT } else { 0 };
         let columns = if forms.float { cols } else { 0 };
         self.cols = cols;
-        grow(&mut self.quantised, tiling.tokens() * blocks);
-        grow(&mut self.float, tiling.tokens() * columns);
-        let quantised = Split::at(&mut self.quantised, &tiling.token_ends, blocks);
-        let float = Split::at(&mut self.float, &tiling.token_ends, columns);
+        grow(&mut self.quantised, tiling.rows() * blocks);
+        grow(&mut self.float, tiling.rows() * columns);
+        let quantised = Split::at(&mut self.quantised, &tiling.row_ends, blocks);
+        let float = Split::at(&mut self.float, &tiling.row_ends, columns);
         let kernels = team.kernels;
         team.each(
             (beside, (quantised, float)),
             |scratch, tile, (mut beside, (quantised, float))| {
-                let tokens = run(&tiling.token_ends, tile).len();
+                let rows = run(&tiling.row_ends, tile);
+                let tokens = rows.len();
                 grow(&mut scratch.row, cols);
                 let values = &mut scratch.row[..cols];
-                for (at, row) in tiling.rows_of(tile).enumerate() {
+                for (at, row) in rows.enumerate() {
                     source(&mut beside, at, row, values);
                     if forms.quantised {
                         (kernels.quantise)(values, &mut quantised[at..], tokens);
@@ -153,12 +134,12 @@ impl Activations {
         );
     }
 
-    fn tile(&self, dtype: WeightType, tokens: Range<usize>) -> Tile<'_> {
+    fn tile(&self, dtype: WeightType, rows: &Range<usize>) -> Tile<'_> {
         if wants_quantised(dtype) {
             let blocks = self.cols / QUANT;
-            Tile::Quantised(&self.quantised[tokens.start * blocks..tokens.end * blocks])
+            Tile::Quantised(&self.quantised[rows.start * blocks..rows.end * blocks])
         } else {
-            Tile::Float(&self.float[tokens.start * self.cols..tokens.end * self.cols])
+            Tile::Float(&self.float[rows.start * self.cols..rows.end * self.cols])
         }
     }
 }
@@ -179,7 +160,7 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Of weights of equal `cols`; all but the last have a multiple of 8 rows.
+    /// Of weights of equal `cols`.
     ///
     /// # Panics
     /// If they have not: the caller has checked the model's shape.
@@ -187,8 +168,6 @@ impl Linear {
         let cols = weights[0].cols;
         let rows = weights.iter().map(|weight| weight.rows).sum();
         assert!(weights.iter().all(|weight| weight.cols == cols), "weights share their input");
-        let (_, before) = weights.split_last().expect("at least one weight");
-        assert!(before.iter().all(|weight| weight.rows % LANES == 0), "whole panels");
         Self { parts: weights.iter().map(|weight| Panels::new(weight)).collect(), rows, cols }
     }
 
@@ -231,35 +210,39 @@ impl Linear {
         activations: &Activations,
         out: &mut [f32],
     ) {
-        let panels = self.rows.div_ceil(LANES);
+        let panels = self.rows.div_ceil(ROWS);
         // Runs are short enough that the threads end together, long enough that taking one costs nothing.
         let run = (panels / (team.threads.count() * 4)).clamp(1, LONGEST_RUN);
         let kernels = team.kernels;
         let rows = 0..tiling.rows();
         let out = &mut out[..self.rows * rows.end];
-        let grid = Grid::new(out, self.rows, std::slice::from_ref(&rows), run * LANES);
+        let grid = Grid::new(out, self.rows, std::slice::from_ref(&rows), run * ROWS);
         team.each(grid, |scratch, _, mut rectangle| {
             let columns = rectangle.columns();
             let mut first = 0;
             for part in &self.parts {
-                let panels = overlap(columns.clone(), first..first + part.rows);
-                let left = first.max(columns.start) - columns.start;
+                let wanted = overlap(&columns, first..first + part.rows);
                 first += part.rows;
-                if panels.is_empty() {
+                if wanted.is_empty() {
                     continue;
                 }
-                let width = part.rows.min(panels.end * LANES) - panels.start * LANES;
-                for (rows, tokens) in tiling.tiles() {
-                    let count = tokens.len();
-                    grow(&mut scratch.product, panels.len() * count * LANES);
-                    let product = &mut scratch.product[..panels.len() * count * LANES];
-                    let tile = activations.tile(part.dtype, tokens);
-                    kernels.product(part.dtype, part.bytes(panels.clone()), tile, count, product);
+                let left = first - part.rows + wanted.start - columns.start;
+                // Where parts do not end with whole panels, a panel may be computed for two runs.
+                let panels = wanted.start / ROWS..wanted.end.div_ceil(ROWS);
+                for rows in tiling.tiles() {
+                    let size = rows.len() * ROWS;
+                    grow(&mut scratch.product, panels.len() * size);
+                    let product = &mut scratch.product[..panels.len() * size];
+                    let tile = activations.tile(part.dtype, &rows);
+                    let bytes = part.bytes(panels.clone());
+                    kernels.product(part.dtype, bytes, tile, rows.len(), product);
                     for (at, row) in rows.enumerate() {
-                        let out = &mut rectangle.row(row)[left..left + width];
-                        let product = product.chunks_exact(count * LANES);
-                        for (out, product) in out.chunks_mut(LANES).zip(product) {
-                            out.copy_from_slice(&product[at * LANES..][..out.len()]);
+                        let out = &mut rectangle.row(row)[left..left + wanted.len()];
+                        for (panel, product) in panels.clone().zip(product.chunks_exact(size)) {
+                            let lanes = overlap(&wanted, panel * ROWS..(panel + 1) * ROWS);
+                            let to = panel * ROWS + lanes.start - wanted.start;
+                            out[to..to + lanes.len()]
+                                .copy_from_slice(&product[at * ROWS..][..ROWS][lanes]);
                         }
                     }
                 }
@@ -268,12 +251,12 @@ impl Linear {
     }
 }
 
-/// Panels a thread takes at a time: their weights stay in its first cache while it goes through the tiles.
+/// Panels a thread takes at a time: their weights stay in its second cache while it goes through the tiles.
 const LONGEST_RUN: usize = 8;
 
-/// Which panels of a part (that covers `part` of the outputs) lie in `columns`.
-fn overlap(columns: Range<usize>, part: Range<usize>) -> Range<usize> {
-    let start = columns.start.clamp(part.start, part.end) - part.start;
-    let end = columns.end.clamp(part.start, part.end) - part.start;
-    start / LANES..end.div_ceil(LANES)
+/// Which of the numbers `part` lie in `wanted`, counted from the start of `part`.
+fn overlap(wanted: &Range<usize>, part: Range<usize>) -> Range<usize> {
+    let start = wanted.start.clamp(part.start, part.end) - part.start;
+    let end = wanted.end.clamp(part.start, part.end) - part.start;
+    start..end
 }

@@ -37,8 +37,8 @@ pub enum Simd {
     /// The best this CPU has.
     #[default]
     Auto,
-    /// Plain Rust: slow, the same bits.
-    Scalar,
+    /// Those of this name ([`Kernels::tiers`]): the same bits at another speed.
+    Named(&'static str),
 }
 
 /// Sizes of a CPU back end.
@@ -78,6 +78,9 @@ pub enum CpuError {
         /// What the system says.
         source: std::io::Error,
     },
+    /// No such kernels.
+    #[error("this CPU cannot run kernels named `{0}`")]
+    Simd(&'static str),
     /// No such thread.
     #[error("cannot start {threads} compute threads")]
     Threads {
@@ -131,7 +134,7 @@ impl CpuBackend {
             .map_err(|source| CpuError::Threads { threads: options.threads, source })?;
         let kernels = match options.simd {
             Simd::Auto => Kernels::detect(),
-            Simd::Scalar => &kernels::scalar::TABLE,
+            Simd::Named(name) => Kernels::named(name).ok_or(CpuError::Simd(name))?,
         };
         let scratch = (0..threads.count()).map(|_| Scratch::default()).collect();
         Ok(Self {

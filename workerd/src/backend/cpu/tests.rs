@@ -55,16 +55,33 @@ pub fn random_weight(
         WeightType::Bf16 => (0..rows * cols).for_each(|_| {
             bytes.extend(half::bf16::from_f32(random.normal() * size).to_le_bytes());
         }),
-        WeightType::Q8_0 => (0..rows * cols / 32).for_each(|_| {
-            bytes.extend(half(size / 74.0 * (1.0 + random.normal().abs())));
-            bytes.extend((0..32).map(|_| random.next() as u8));
-        }),
-        WeightType::Q4_1 => (0..rows * cols / 32).for_each(|_| {
-            let scale = size / 4.6 * (1.0 + random.normal().abs());
-            bytes.extend(half(scale));
-            bytes.extend(half(-7.5 * scale));
-            bytes.extend((0..16).map(|_| random.next() as u8));
-        }),
+        quantised => {
+            let (elements, block) = quantised.block();
+            for _ in 0..rows * cols / elements as usize {
+                let from = bytes.len();
+                bytes.extend((0..block).map(|_| random.next() as u8));
+                let to = &mut bytes[from..];
+                let mut put = |at: usize, value: f32| to[at..at + 2].copy_from_slice(&half(value));
+                let scale = size * (1.0 + random.normal().abs());
+                match quantised {
+                    WeightType::Q8_0 => put(0, scale / 74.0),
+                    WeightType::Q4_0 => put(0, scale / 4.6),
+                    WeightType::Q5_0 => put(0, scale / 9.2),
+                    WeightType::Q6K => put(208, scale / 1400.0),
+                    _ => {
+                        // Half the codes' range below zero; the K types' 6-bit scales and minima are some 32 of 63.
+                        let (steps, six) = match quantised {
+                            WeightType::Q4_1 => (15.0, 1.0_f32),
+                            WeightType::Q5_1 => (31.0, 1.0),
+                            WeightType::Q4K => (15.0, -32.0),
+                            _ => (31.0, -32.0),
+                        };
+                        put(0, scale / (steps * 0.3) / six.abs());
+                        put(2, scale / 0.3 * -0.5 / six);
+                    }
+                }
+            }
+        }
     }
     Weight { dtype, rows, cols, bytes: bytes.into() }
 }
@@ -77,11 +94,13 @@ fn tiny_model(
 ) -> Model {
     let mut random = Random::new(7);
     let (heads, kv_heads, head_dim) = heads;
+    // Rows are whole blocks.
+    let (hidden, ffn) = if dtype.block().0 == 256 { (256, 512) } else { (64, 96) };
     let spec = ModelSpec {
         architecture: Architecture::Llama,
         layers: 2,
-        hidden: 64,
-        ffn: 96,
+        hidden,
+        ffn,
         heads,
         kv_heads,
         head_dim,
@@ -93,7 +112,7 @@ fn tiny_model(
         window: None,
         eos_ids: vec![1],
     };
-    let (hidden, ffn) = (64, 96);
+    let (hidden, ffn) = (hidden as usize, ffn as usize);
     let (queries, keys) = ((heads * head_dim) as usize, (kv_heads * head_dim) as usize);
     let mut matrix = |dtype, rows, cols| {
         random_weight(&mut random, dtype, rows, cols, 1.0 / (cols as f32).sqrt())
@@ -139,6 +158,7 @@ struct Way {
 const PLAIN: Way =
     Way { threads: 1, simd: Simd::Auto, block_tokens: 32, chunk: 1000, neighbours: 0 };
 
+const SCALAR: Simd = Simd::Named("scalar");
 const SLOTS: u32 = 9;
 const BLOCKS_EACH: u32 = 16;
 
@@ -245,7 +265,8 @@ fn prompt(len: usize) -> Vec<u32> {
 #[test]
 fn a_sequence_gives_the_same_bits_in_every_way() {
     for dtype in WeightType::ALL {
-        let model = tiny_model((dtype, WeightType::Q8_0), None, (4, 2, 16));
+        let head_dim = if dtype.block().0 == 256 { 64 } else { 16 };
+        let model = tiny_model((dtype, WeightType::Q8_0), None, (4, 2, head_dim));
         for len in [1, 33, 70] {
             let prompt = prompt(len);
             let plain = run(&model, &prompt, PLAIN);
@@ -256,10 +277,10 @@ fn a_sequence_gives_the_same_bits_in_every_way() {
                 Way { chunk: 32, block_tokens: 16, ..PLAIN },
                 Way { chunk: 33, block_tokens: 64, ..PLAIN },
                 Way { threads: 2, ..PLAIN },
-                Way { simd: Simd::Scalar, ..PLAIN },
-                Way { simd: Simd::Scalar, chunk: 7, neighbours: 2, block_tokens: 8, ..PLAIN },
+                Way { simd: SCALAR, chunk: 7, neighbours: 2, block_tokens: 8, ..PLAIN },
             ];
-            for way in ways {
+            let tiers = Kernels::tiers().into_iter().map(|tier| Simd::Named(tier.name));
+            for way in ways.into_iter().chain(tiers.map(|simd| Way { simd, ..PLAIN })) {
                 assert_eq!(run(&model, &prompt, way), plain, "{dtype:?} {len} {way:?}");
             }
         }
@@ -278,7 +299,7 @@ fn a_sequence_of_several_spans_gives_the_same_bits_in_every_way() {
                 Way { chunk: 1, threads: 2, ..PLAIN },
                 Way { chunk: 100, neighbours: 2, ..PLAIN },
                 Way { chunk: 37, threads: 2, block_tokens: 64, ..PLAIN },
-                Way { simd: Simd::Scalar, chunk: 250, ..PLAIN },
+                Way { simd: Simd::Named("scalar"), chunk: 250, ..PLAIN },
             ];
             for way in ways {
                 assert_eq!(run(&model, &prompt, way), plain, "{heads:?} {len} {way:?}");
@@ -290,8 +311,7 @@ fn a_sequence_of_several_spans_gives_the_same_bits_in_every_way() {
 #[test]
 fn a_cpu_back_end_keeps_the_contract() {
     let model = tiny_model((WeightType::Q4_1, WeightType::Q8_0), None, (4, 2, 16));
-    for (threads, simd, block_tokens) in
-        [(1, Simd::Auto, 32), (2, Simd::Auto, 8), (1, Simd::Scalar, 16)]
+    for (threads, simd, block_tokens) in [(1, Simd::Auto, 32), (2, Simd::Auto, 8), (1, SCALAR, 16)]
     {
         let options = CpuOptions {
             threads,
@@ -312,7 +332,7 @@ fn any_number_of_heads_and_an_own_head_matrix_give_the_same_bits_in_every_way() 
         let prompt = prompt(40);
         let plain = run(&model, &prompt, PLAIN);
         let chunked = Way { chunk: 9, neighbours: 5, threads: 2, ..PLAIN };
-        let scalar = Way { simd: Simd::Scalar, ..PLAIN };
+        let scalar = Way { simd: SCALAR, ..PLAIN };
         assert_eq!(run(&model, &prompt, chunked), plain);
         assert_eq!(run(&model, &prompt, scalar), plain);
     }

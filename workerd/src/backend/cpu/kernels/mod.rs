@@ -7,16 +7,20 @@
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 pub mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub mod avx512;
 pub mod scalar;
 
 use crate::model::WeightType;
 
-/// Rows of a weight that lie interleaved: one vector.
+/// Lanes of the sums that run over a vector.
 pub const LANES: usize = 8;
+/// Rows of a weight that lie interleaved.
+pub const ROWS: usize = 16;
 /// Elements of a quantised block along k.
 pub const QUANT: usize = 32;
-/// Tokens a product kernel can take at once.
-pub const TOKENS: [usize; 6] = [1, 2, 4, 8, 16, 32];
+/// Tokens a product kernel takes at once at most.
+pub const TOKENS: usize = 32;
 
 /// Blocks whose largest magnitude is below this quantise to 0.
 const SMALLEST_MAX: f32 = 1e-30;
@@ -31,6 +35,8 @@ pub struct QuantBlock {
     pub d: f32,
     /// `d` times the sum of `q`.
     pub sum: f32,
+    /// Sums of the first and of the last 16 `q`.
+    pub halves: [i16; 2],
 }
 
 /// One token tile's activations, `[k][token]`, as the weight's type wants them.
@@ -42,24 +48,19 @@ pub enum Tile<'a> {
     Float(&'a [f32]),
 }
 
-/// `out[group][token][lane]` from panels (groups of 8 interleaved rows, [`super::repack`]) and a tile of `tokens` (one
-/// of [`TOKENS`]) tokens.
-pub type Product<T> = fn(panels: &[u8], tile: &[T], tokens: usize, out: &mut [f32]);
+/// `out[panel][token][row]` from panels (of 16 interleaved rows, [`super::repack`]) and a tile of `tokens` (1 to
+/// [`TOKENS`]) tokens.
+pub type Product<T> =
+    fn(dtype: WeightType, panels: &[u8], tile: &[T], tokens: usize, out: &mut [f32]);
 
 /// One tier of kernels.
 pub struct Kernels {
     /// For logs.
     pub name: &'static str,
-    /// Weights Q4_1.
-    pub q4_1: Product<QuantBlock>,
-    /// Weights Q8_0.
-    pub q8_0: Product<QuantBlock>,
-    /// Weights f32.
-    pub f32: Product<f32>,
-    /// Weights f16.
-    pub f16: Product<f32>,
-    /// Weights bf16.
-    pub bf16: Product<f32>,
+    /// With quantised weights.
+    pub quantised: Product<QuantBlock>,
+    /// With f32, f16 and bf16 weights.
+    pub float: Product<f32>,
     /// Quantises a row (a multiple of 32) into `out[0], out[stride], …`.
     pub quantise: fn(row: &[f32], out: &mut [QuantBlock], stride: usize),
     /// `out = x / rms(x) * weight`; lengths equal, a multiple of 8.
@@ -77,13 +78,23 @@ impl std::fmt::Debug for Kernels {
 }
 
 impl Kernels {
+    /// The tables that this CPU can run, the best one last.
+    pub fn tiers() -> Vec<&'static Self> {
+        #[cfg(target_arch = "x86_64")]
+        let more = [avx2::table(), avx512::table()];
+        #[cfg(not(target_arch = "x86_64"))]
+        let more = [];
+        std::iter::once(&scalar::TABLE).chain(more.into_iter().flatten()).collect()
+    }
+
+    /// The table of this name, if this CPU can run it.
+    pub fn named(name: &str) -> Option<&'static Self> {
+        Self::tiers().into_iter().find(|tier| tier.name == name)
+    }
+
     /// The best table for this CPU.
     pub fn detect() -> &'static Self {
-        #[cfg(target_arch = "x86_64")]
-        if let Some(table) = avx2::table() {
-            return table;
-        }
-        &scalar::TABLE
+        Self::tiers().pop().unwrap_or(&scalar::TABLE)
     }
 
     /// The product for a weight's type.
@@ -98,31 +109,17 @@ impl Kernels {
         tokens: usize,
         out: &mut [f32],
     ) {
-        match (dtype, tile) {
-            (WeightType::Q4_1, Tile::Quantised(tile)) => (self.q4_1)(panels, tile, tokens, out),
-            (WeightType::Q8_0, Tile::Quantised(tile)) => (self.q8_0)(panels, tile, tokens, out),
-            (WeightType::F32, Tile::Float(tile)) => (self.f32)(panels, tile, tokens, out),
-            (WeightType::F16, Tile::Float(tile)) => (self.f16)(panels, tile, tokens, out),
-            (WeightType::Bf16, Tile::Float(tile)) => (self.bf16)(panels, tile, tokens, out),
-            (WeightType::Q4_1 | WeightType::Q8_0, Tile::Float(_))
-            | (WeightType::F32 | WeightType::F16 | WeightType::Bf16, Tile::Quantised(_)) => {
-                panic!("a {dtype:?} weight takes the other kind of tile")
-            }
+        match (tile, wants_quantised(dtype)) {
+            (Tile::Quantised(tile), true) => (self.quantised)(dtype, panels, tile, tokens, out),
+            (Tile::Float(tile), false) => (self.float)(dtype, panels, tile, tokens, out),
+            _ => panic!("a {dtype:?} weight takes the other kind of tile"),
         }
     }
 }
 
 /// Whether products with such weights take quantised activations.
 pub fn wants_quantised(dtype: WeightType) -> bool {
-    match dtype {
-        WeightType::Q4_1 | WeightType::Q8_0 => true,
-        WeightType::F32 | WeightType::F16 | WeightType::Bf16 => false,
-    }
-}
-
-/// Bytes of a panel: 8 rows of `cols` columns.
-pub fn panel_bytes(dtype: WeightType, cols: usize) -> usize {
-    LANES * dtype.row_bytes(cols)
+    !matches!(dtype, WeightType::F32 | WeightType::F16 | WeightType::Bf16)
 }
 
 /// Constants of the one exponential: Cephes' `expf`, about 1 ulp.

@@ -1,8 +1,8 @@
 //! The kernels in plain Rust, for every CPU: the order of operations that all tables keep.
 
-use std::array::from_fn;
+mod product;
 
-use half::{bf16, f16};
+use std::array::from_fn;
 
 use super::exponential::{HIGH, LOG2_E, LOW, MINUS_LN2_HIGH, MINUS_LN2_LOW, POLYNOMIAL};
 use super::{Kernels, LANES, QUANT, QuantBlock, SMALLEST_MAX, attention};
@@ -10,101 +10,13 @@ use super::{Kernels, LANES, QUANT, QuantBlock, SMALLEST_MAX, attention};
 /// The table.
 pub static TABLE: Kernels = Kernels {
     name: "scalar",
-    q4_1,
-    q8_0,
-    f32: |panels, tile, tokens, out| {
-        float(panels, tile, tokens, out, |bytes: &[u8; 4]| f32::from_le_bytes(*bytes));
-    },
-    f16: |panels, tile, tokens, out| {
-        float(panels, tile, tokens, out, |bytes| f16::from_le_bytes(*bytes).to_f32());
-    },
-    bf16: |panels, tile, tokens, out| {
-        float(panels, tile, tokens, out, |bytes| bf16::from_le_bytes(*bytes).to_f32());
-    },
+    quantised: product::quantised,
+    float: product::float,
     quantise,
     rms_norm,
     swiglu,
     attention: attention::PLAIN,
 };
-
-fn q4_1(panels: &[u8], tile: &[QuantBlock], tokens: usize, out: &mut [f32]) {
-    let (blocks, _) = panels.as_chunks::<160>();
-    let groups = blocks.chunks_exact(tile.len() / tokens);
-    for (panel, out) in groups.zip(out.chunks_exact_mut(tokens * LANES)) {
-        out.fill(0.0);
-        for (block, tile) in panel.iter().zip(tile.chunks_exact(tokens)) {
-            for lane in 0..LANES {
-                let scale = half(block, 2 * lane);
-                let minimum = half(block, 16 + 2 * lane);
-                // Word `j` of a row holds columns 4j.. in its low nibbles and 16 + 4j.. in its high ones.
-                let byte = |column: usize| block[32 + column / 4 * 32 + lane * 4 + column % 4];
-                let weights: [i32; QUANT] = from_fn(|column| {
-                    i32::from(if column < 16 { byte(column) & 15 } else { byte(column - 16) >> 4 })
-                });
-                for (x, out) in tile.iter().zip(out.chunks_exact_mut(LANES)) {
-                    let sum = (dot(&weights, x) as f32).mul_add(scale * x.d, out[lane]);
-                    out[lane] = minimum.mul_add(x.sum, sum);
-                }
-            }
-        }
-    }
-}
-
-fn q8_0(panels: &[u8], tile: &[QuantBlock], tokens: usize, out: &mut [f32]) {
-    let blocks = tile.len() / tokens;
-    let groups = panels.chunks_exact(blocks * 272);
-    for (panel, out) in groups.zip(out.chunks_exact_mut(tokens * LANES)) {
-        out.fill(0.0);
-        let (quants, scales) = panel.split_at(blocks * 256);
-        let (quants, scales) = (quants.as_chunks::<256>().0, scales.as_chunks::<16>().0);
-        for ((quants, scales), tile) in quants.iter().zip(scales).zip(tile.chunks_exact(tokens)) {
-            for lane in 0..LANES {
-                let scale = half(scales, 2 * lane);
-                let weights: [i32; QUANT] = from_fn(|column| {
-                    i32::from(quants[column / 4 * 32 + lane * 4 + column % 4] as i8)
-                });
-                for (x, out) in tile.iter().zip(out.chunks_exact_mut(LANES)) {
-                    out[lane] = (dot(&weights, x) as f32).mul_add(scale * x.d, out[lane]);
-                }
-            }
-        }
-    }
-}
-
-fn float<const BYTES: usize>(
-    panels: &[u8],
-    tile: &[f32],
-    tokens: usize,
-    out: &mut [f32],
-    load: impl Fn(&[u8; BYTES]) -> f32,
-) {
-    let (weights, _) = panels.as_chunks::<BYTES>();
-    let groups = weights.chunks_exact(tile.len() / tokens * LANES);
-    for (panel, out) in groups.zip(out.chunks_exact_mut(tokens * LANES)) {
-        out.fill(0.0);
-        for (weights, tile) in panel.chunks_exact(LANES).zip(tile.chunks_exact(tokens)) {
-            for (x, out) in tile.iter().zip(out.chunks_exact_mut(LANES)) {
-                for (weight, out) in weights.iter().zip(out) {
-                    *out = load(weight).mul_add(*x, *out);
-                }
-            }
-        }
-    }
-}
-
-fn dot(weights: &[i32; QUANT], x: &QuantBlock) -> i32 {
-    let mut sum = 0;
-    for (weights, word) in weights.as_chunks::<4>().0.iter().zip(x.q) {
-        for (weight, byte) in weights.iter().zip(word.to_le_bytes()) {
-            sum += weight * i32::from(byte as i8);
-        }
-    }
-    sum
-}
-
-fn half(bytes: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
-}
 
 fn quantise(row: &[f32], out: &mut [QuantBlock], stride: usize) {
     for (x, out) in row.as_chunks::<QUANT>().0.iter().zip(out.iter_mut().step_by(stride)) {
@@ -113,8 +25,10 @@ fn quantise(row: &[f32], out: &mut [QuantBlock], stride: usize) {
             if max >= SMALLEST_MAX { (max / 127.0, 127.0 / max) } else { (0.0, 0.0) };
         let q: [i32; QUANT] = from_fn(|at| nearest(x[at] * inverse) as i32);
         out.q = from_fn(|word| u32::from_le_bytes(from_fn(|at| q[word * 4 + at] as i8 as u8)));
+        let halves: [i32; 2] = from_fn(|half| q[half * 16..][..16].iter().sum());
         out.d = d;
-        out.sum = d * q.iter().sum::<i32>() as f32;
+        out.sum = d * (halves[0] + halves[1]) as f32;
+        out.halves = halves.map(|sum| sum as i16);
     }
 }
 

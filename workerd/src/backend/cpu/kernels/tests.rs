@@ -6,15 +6,41 @@ use crate::backend::cpu::repack::Panels;
 use crate::backend::cpu::tests::{Random, random_weight};
 use crate::model::{Weight, dequantize};
 
+/// Random numbers that differ from run to run; a failure prints the seed, `BATON_TEST_SEED` repeats it.
+fn fresh(name: &str) -> Random {
+    let seed = match std::env::var("BATON_TEST_SEED") {
+        Ok(seed) => seed.parse().expect("BATON_TEST_SEED is a number"),
+        Err(_) => rand::random(),
+    };
+    println!("{name}: BATON_TEST_SEED={seed}");
+    Random::new(seed)
+}
+
+/// Every tier that this CPU can run.
+fn tiers() -> Vec<&'static Kernels> {
+    let tiers = Kernels::tiers();
+    println!("tiers: {}", tiers.iter().map(|tier| tier.name).collect::<Vec<_>>().join(", "));
+    tiers
+}
+
 /// Activations of `tokens` tokens, token-major.
 fn activations(random: &mut Random, tokens: usize, cols: usize) -> Vec<f32> {
     (0..tokens * cols).map(|_| random.normal()).collect()
 }
 
+/// Columns that a weight of this type can have, from few to some.
+fn widths(dtype: WeightType) -> [usize; 3] {
+    match dtype.block() {
+        (1, _) if !wants_quantised(dtype) => [1, 33, 96],
+        (256, _) => [256, 512, 1280],
+        _ => [32, 96, 544],
+    }
+}
+
 /// `[row][token]` of one kernel call.
 fn product(kernels: &Kernels, weight: &Weight, x: &[f32], tokens: usize) -> Vec<f32> {
     let panels = Panels::new(weight);
-    let mut out = vec![f32::NAN; panels.count() * LANES * tokens];
+    let mut out = vec![f32::NAN; panels.count() * ROWS * tokens];
     let bytes = panels.bytes(0..panels.count());
     if wants_quantised(weight.dtype) {
         let mut tile = vec![QuantBlock::default(); weight.cols / QUANT * tokens];
@@ -28,7 +54,7 @@ fn product(kernels: &Kernels, weight: &Weight, x: &[f32], tokens: usize) -> Vec<
             .collect();
         kernels.product(weight.dtype, bytes, Tile::Float(&tile), tokens, &mut out);
     }
-    let at = |row: usize, token: usize| (row / LANES * tokens + token) * LANES + row % LANES;
+    let at = |row: usize, token: usize| (row / ROWS * tokens + token) * ROWS + row % ROWS;
     (0..weight.rows * tokens).map(|i| out[at(i / tokens, i % tokens)]).collect()
 }
 
@@ -38,17 +64,21 @@ fn bits(values: &[f32]) -> Vec<u32> {
 
 #[test]
 fn every_product_gives_the_same_bits_on_every_tier_and_for_any_number_of_tokens() {
-    let mut random = Random::new(1);
+    let mut random = fresh("products");
     for dtype in WeightType::ALL {
-        for (rows, cols) in [(8, 32), (20, 64), (72, 96)] {
+        for (rows, cols) in [5, 16, 20, 72, 150].into_iter().zip(widths(dtype).into_iter().cycle())
+        {
             let weight = random_weight(&mut random, dtype, rows, cols, 1.0);
-            let x = activations(&mut random, 32, cols);
-            let whole = product(&scalar::TABLE, &weight, &x, 32);
-            for tokens in TOKENS {
-                let best = product(Kernels::detect(), &weight, &x[..tokens * cols], tokens);
-                for (row, best) in best.chunks_exact(tokens).enumerate() {
-                    let whole = &whole[row * 32..][..tokens];
-                    assert_eq!(bits(best), bits(whole), "{dtype:?} {rows}x{cols} {tokens}");
+            let x = activations(&mut random, TOKENS, cols);
+            let whole = product(&scalar::TABLE, &weight, &x, TOKENS);
+            for tier in tiers() {
+                for tokens in 1..=TOKENS {
+                    let some = product(tier, &weight, &x[..tokens * cols], tokens);
+                    for (row, some) in some.chunks_exact(tokens).enumerate() {
+                        let whole = &whole[row * TOKENS..][..tokens];
+                        let what = (tier.name, dtype, rows, cols, tokens, row);
+                        assert_eq!(bits(some), bits(whole), "{what:?}");
+                    }
                 }
             }
         }
@@ -57,7 +87,7 @@ fn every_product_gives_the_same_bits_on_every_tier_and_for_any_number_of_tokens(
 
 #[test]
 fn products_are_near_those_of_the_numbers_that_the_weights_stand_for() {
-    let mut random = Random::new(2);
+    let mut random = fresh("near");
     for dtype in WeightType::ALL {
         let (rows, cols, tokens) = (40, 256, 8);
         let weight = random_weight(&mut random, dtype, rows, cols, 1.0);
@@ -78,17 +108,50 @@ fn products_are_near_those_of_the_numbers_that_the_weights_stand_for() {
     }
 }
 
+/// A row of a block whose codes are all the largest, or the smallest, that there are, and what an element then is.
+fn extreme(dtype: WeightType, largest: bool) -> (Vec<u8>, f32) {
+    let (one, zero) = ([0, 0x3c], [0, 0]);
+    let code = |bits: usize| if largest { 0xff_u8 >> (8 - bits) } else { 0 };
+    let nibbles = vec![code(4) * 17; dtype.block().0 as usize / 2];
+    let fifths = vec![code(8); dtype.block().0 as usize / 8];
+    let (bytes, value): (Vec<&[u8]>, u8) = match dtype {
+        WeightType::Q8_0 => {
+            let all = [if largest { 127_i8 } else { -128 }.cast_unsigned(); 32];
+            return ([&one[..], &all].concat(), if largest { 127.0 } else { -128.0 });
+        }
+        WeightType::Q4_0 => return ([&one[..], &nibbles].concat(), f32::from(code(4)) - 8.0),
+        WeightType::Q5_0 => {
+            return ([&one[..], &fifths, &nibbles].concat(), f32::from(code(5)) - 16.0);
+        }
+        WeightType::Q4_1 => (vec![&one, &zero, &nibbles], code(4)),
+        WeightType::Q5_1 => (vec![&one, &zero, &fifths, &nibbles], code(5)),
+        WeightType::Q4K => (vec![&one, &zero, &[0xff; 12], &nibbles], code(4)),
+        WeightType::Q5K => (vec![&one, &zero, &[0xff; 12], &fifths, &nibbles], code(5)),
+        WeightType::Q6K => {
+            let upper = vec![code(8); 64];
+            let scales = [if largest { 127_i8 } else { -128 }.cast_unsigned(); 16];
+            let row = [&nibbles[..], &upper, &scales, &one].concat();
+            return (row, if largest { 31.0 * 127.0 } else { 32.0 * 128.0 });
+        }
+        WeightType::F32 | WeightType::F16 | WeightType::Bf16 => unreachable!("no codes"),
+    };
+    // The K types' scale is 63.
+    let scale = if dtype.block().0 == 256 { 63.0 } else { 1.0 };
+    (bytes.concat(), scale * f32::from(value))
+}
+
 #[test]
 fn extreme_quantised_weights_and_activations_do_not_overflow() {
-    for (dtype, row) in [
-        (WeightType::Q8_0, [&[0, 0x3c][..], &[0x80; 32]].concat()),
-        (WeightType::Q4_1, [&[0, 0x3c, 0, 0][..], &[0xff; 16]].concat()),
-    ] {
-        let weight = Weight { dtype, rows: 8, cols: 32, bytes: row.repeat(8).into() };
-        let each = if dtype == WeightType::Q8_0 { -128.0 } else { 15.0 };
-        for x in [127.0, -127.0] {
-            for kernels in [&scalar::TABLE, Kernels::detect()] {
-                assert_eq!(product(kernels, &weight, &[x; 32], 1), [each * 32.0 * x; 8]);
+    for dtype in WeightType::ALL.into_iter().filter(|dtype| wants_quantised(*dtype)) {
+        for largest in [true, false] {
+            let (row, each) = extreme(dtype, largest);
+            let cols = dtype.block().0 as usize;
+            let weight = Weight { dtype, rows: 16, cols, bytes: row.repeat(16).into() };
+            for x in [127.0, -127.0] {
+                for kernels in tiers() {
+                    let got = product(kernels, &weight, &vec![x; cols], 1);
+                    assert_eq!(got, [each * cols as f32 * x; 16], "{} {dtype:?}", kernels.name);
+                }
             }
         }
     }
@@ -96,21 +159,23 @@ fn extreme_quantised_weights_and_activations_do_not_overflow() {
 
 #[test]
 fn rows_come_back_from_panels_as_they_were() {
-    let mut random = Random::new(3);
+    let mut random = fresh("rows");
     for dtype in WeightType::ALL {
-        let weight = random_weight(&mut random, dtype, 20, 96, 1.0);
-        let panels = Panels::new(&weight);
-        let mut row = [0.0; 96];
-        for at in 0..20 {
-            panels.row(at, &mut row);
-            assert_eq!(bits(&row), bits(&dequantize(&weight, at)), "{dtype:?}");
+        for cols in widths(dtype) {
+            let weight = random_weight(&mut random, dtype, 20, cols, 1.0);
+            let panels = Panels::new(&weight);
+            let mut row = vec![0.0; cols];
+            for at in 0..20 {
+                panels.row(at, &mut row);
+                assert_eq!(row, dequantize(&weight, at), "{dtype:?}");
+            }
         }
     }
 }
 
 #[test]
 fn vector_kernels_give_the_same_bits_on_every_tier() {
-    let mut random = Random::new(4);
+    let mut random = fresh("vectors");
     for len in [32, 64, 96, 576, 1536] {
         let x = activations(&mut random, 1, len);
         let y = activations(&mut random, 1, len);
@@ -123,7 +188,9 @@ fn vector_kernels_give_the_same_bits_on_every_tier() {
             (kernels.quantise)(&x, &mut blocks, 3);
             (bits(&norm), bits(&gated), blocks)
         };
-        assert_eq!(run(Kernels::detect()), run(&scalar::TABLE));
+        for tier in tiers() {
+            assert_eq!(run(tier), run(&scalar::TABLE), "{} {len}", tier.name);
+        }
     }
 }
 

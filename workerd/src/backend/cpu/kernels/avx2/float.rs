@@ -1,59 +1,41 @@
-//! Products of f32, f16 and bf16 weights with f32 activations, 8 rows a vector, k in order; norm and activation.
+//! Products of f32, f16 and bf16 weights with f32 activations: 8 rows a vector, two vectors a panel, columns in order;
+//! norm and activation.
 #![expect(unsafe_code, reason = "vector loads")]
 
 use std::arch::x86_64::*;
 
 use super::super::LANES;
-use super::quantised::load_f16;
+use super::quantised::f16s;
 use super::{exp, load, store, tree};
+use crate::model::WeightType;
 
-/// Tokens whose sums stay in registers.
-const HELD: usize = 8;
-
+/// See [`super::super::Kernels::float`].
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn f32(panels: &[u8], tile: &[f32], tokens: usize, out: &mut [f32]) {
-    product(panels, tile, tokens, out, |bytes: &[u8; 32]| {
-        // SAFETY: 32 readable bytes.
-        unsafe { _mm256_loadu_ps(bytes.as_ptr().cast()) }
-    });
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn f16(panels: &[u8], tile: &[f32], tokens: usize, out: &mut [f32]) {
-    product(panels, tile, tokens, out, |bytes| load_f16(bytes));
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn bf16(panels: &[u8], tile: &[f32], tokens: usize, out: &mut [f32]) {
-    product(panels, tile, tokens, out, |bytes: &[u8; 16]| {
-        // SAFETY: 16 readable bytes.
-        let words = unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) };
-        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(words)))
-    });
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn product<const BYTES: usize>(
+pub(super) fn product(
+    dtype: WeightType,
     panels: &[u8],
     tile: &[f32],
     tokens: usize,
     out: &mut [f32],
-    weight: impl Fn(&[u8; BYTES]) -> __m256 + Copy,
 ) {
-    match tokens {
-        1 => several::<BYTES, 4, 1>(panels, tile, tokens, out, weight),
-        2 => several::<BYTES, 4, 2>(panels, tile, tokens, out, weight),
-        4 => several::<BYTES, 2, 4>(panels, tile, tokens, out, weight),
-        8 | 16 | 32 => several::<BYTES, 1, HELD>(panels, tile, tokens, out, weight),
-        tokens => panic!("no product for {tokens} tokens"),
+    match dtype {
+        WeightType::F32 => by_panel(panels, tile, tokens, out, |bytes: &[u8; 32]| {
+            // SAFETY: 32 readable bytes.
+            unsafe { _mm256_loadu_ps(bytes.as_ptr().cast()) }
+        }),
+        WeightType::F16 => by_panel(panels, tile, tokens, out, |bytes| f16s(bytes)),
+        _ => by_panel(panels, tile, tokens, out, |bytes: &[u8; 16]| {
+            // SAFETY: 16 readable bytes.
+            let words = unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) };
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(words)))
+        }),
     }
 }
 
-/// `G` panels at once, so that additions to one do not wait for those to another; then what is left one by one.
+/// As many panels and tokens at once as there are registers for their sums, so that no addition waits for another.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn several<const BYTES: usize, const G: usize, const T: usize>(
+fn by_panel<const BYTES: usize>(
     panels: &[u8],
     tile: &[f32],
     tokens: usize,
@@ -61,50 +43,66 @@ fn several<const BYTES: usize, const G: usize, const T: usize>(
     weight: impl Fn(&[u8; BYTES]) -> __m256 + Copy,
 ) {
     let k = tile.len() / tokens;
-    let vectors = panels.as_chunks::<BYTES>().0;
-    let (bundles, rest) = vectors.split_at(vectors.len() / (k * G) * (k * G));
-    let (bundle_outs, rest_outs) =
-        out.as_chunks_mut::<LANES>().0.split_at_mut(bundles.len() / k * tokens);
-    let bundle_outs = bundle_outs.chunks_exact_mut(G * tokens);
-    for (bundle, out) in bundles.chunks_exact(k * G).zip(bundle_outs) {
-        accumulate::<BYTES, G, T>(bundle, tile, tokens, out, weight);
-    }
-    for (panel, out) in rest.chunks_exact(k).zip(rest_outs.chunks_exact_mut(tokens)) {
-        accumulate::<BYTES, 1, T>(panel, tile, tokens, out, weight);
-    }
-}
-
-/// `G` panels times all tokens, `T` of them at a time.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn accumulate<const BYTES: usize, const G: usize, const T: usize>(
-    bundle: &[[u8; BYTES]],
-    tile: &[f32],
-    tokens: usize,
-    out: &mut [[f32; LANES]],
-    weight: impl Fn(&[u8; BYTES]) -> __m256 + Copy,
-) {
-    let k = tile.len() / tokens;
-    assert!(bundle.len() == G * k && out.len() == G * tokens && tokens.is_multiple_of(T));
-    for first in (0..tokens).step_by(T) {
-        let mut sums = [[_mm256_setzero_ps(); T]; G];
-        for (at, xs) in tile.chunks_exact(tokens).enumerate() {
-            for (g, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: `at < k`, `g < G`, and the bundle has `G * k` vectors.
-                let weight = weight(unsafe { bundle.get_unchecked(g * k + at) });
-                for (t, sum) in sums.iter_mut().enumerate() {
-                    // SAFETY: `first + T <= tokens`, the length of `xs`.
-                    let x = _mm256_set1_ps(unsafe { *xs.get_unchecked(first + t) });
-                    *sum = _mm256_fmadd_ps(weight, x, *sum);
+    let mut panels = panels.as_chunks::<BYTES>().0.as_chunks::<2>().0;
+    let mut out = out.as_chunks_mut::<LANES>().0.as_chunks_mut::<2>().0;
+    while !panels.is_empty() {
+        let count = match (tokens, panels.len() / k) {
+            (1, 4..) => accumulate::<BYTES, 4, 1>(panels, tile, 0, tokens, out, weight),
+            (2, 2..) => accumulate::<BYTES, 2, 2>(panels, tile, 0, tokens, out, weight),
+            _ => {
+                let mut first = 0;
+                while first < tokens {
+                    first += match tokens - first {
+                        6.. => accumulate::<BYTES, 1, 6>(panels, tile, first, tokens, out, weight),
+                        4.. => accumulate::<BYTES, 1, 4>(panels, tile, first, tokens, out, weight),
+                        2.. => accumulate::<BYTES, 1, 2>(panels, tile, first, tokens, out, weight),
+                        _ => accumulate::<BYTES, 1, 1>(panels, tile, first, tokens, out, weight),
+                    }
+                    .1;
                 }
+                (1, tokens)
             }
         }
-        for (g, sums) in sums.iter().enumerate() {
-            for (t, sum) in sums.iter().enumerate() {
-                store(&mut out[g * tokens + first + t], *sum);
+        .0;
+        panels = &panels[count * k..];
+        out = &mut out[count * tokens..];
+    }
+}
+
+/// `P` panels times `T` tokens from `first` on. Gives `(P, T)`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn accumulate<const BYTES: usize, const P: usize, const T: usize>(
+    panels: &[[[u8; BYTES]; 2]],
+    tile: &[f32],
+    first: usize,
+    tokens: usize,
+    out: &mut [[[f32; LANES]; 2]],
+    weight: impl Fn(&[u8; BYTES]) -> __m256 + Copy,
+) -> (usize, usize) {
+    let k = tile.len() / tokens;
+    assert!(panels.len() >= P * k && out.len() >= P * tokens && first + T <= tokens);
+    let mut sums = [[[_mm256_setzero_ps(); 2]; T]; P];
+    for (at, xs) in tile.chunks_exact(tokens).enumerate() {
+        for (p, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: `at < k`, `p < P`, and there are `P * k` columns.
+            let [a, b] = unsafe { panels.get_unchecked(p * k + at) };
+            let (a, b) = (weight(a), weight(b));
+            for (t, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: `first + T <= tokens`, the length of `xs`.
+                let x = _mm256_set1_ps(unsafe { *xs.get_unchecked(first + t) });
+                *sum = [_mm256_fmadd_ps(a, x, sum[0]), _mm256_fmadd_ps(b, x, sum[1])];
             }
         }
     }
+    for (p, sums) in sums.iter().enumerate() {
+        for (t, sum) in sums.iter().enumerate() {
+            let [a, b] = &mut out[p * tokens + first + t];
+            store(a, sum[0]);
+            store(b, sum[1]);
+        }
+    }
+    (P, T)
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]

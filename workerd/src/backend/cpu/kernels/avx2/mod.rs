@@ -15,22 +15,21 @@ pub fn table() -> Option<&'static Kernels> {
     let able = is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
         && is_x86_feature_detected!("f16c");
-    able.then_some(&TABLE)
+    able.then_some(&OURS)
 }
 
-// Private: a function of this table may only be called where `table()` found the CPU able.
-static TABLE: Kernels = Kernels {
+// A function of this table may only be called where `table()` found the CPU able.
+static OURS: Kernels = TABLE;
+pub(super) const TABLE: Kernels = Kernels {
     name: "avx2",
-    // SAFETY: only `table` gives this out, after finding the instructions.
-    q4_1: |panels, tile, tokens, out| unsafe { quantised::q4_1(panels, tile, tokens, out) },
+    quantised: |dtype, panels, tile, tokens, out| {
+        // SAFETY: only `table` gives this out, after finding the instructions.
+        unsafe { quantised::product(dtype, panels, tile, tokens, out) }
+    },
     // SAFETY: as above.
-    q8_0: |panels, tile, tokens, out| unsafe { quantised::q8_0(panels, tile, tokens, out) },
-    // SAFETY: as above.
-    f32: |panels, tile, tokens, out| unsafe { float::f32(panels, tile, tokens, out) },
-    // SAFETY: as above.
-    f16: |panels, tile, tokens, out| unsafe { float::f16(panels, tile, tokens, out) },
-    // SAFETY: as above.
-    bf16: |panels, tile, tokens, out| unsafe { float::bf16(panels, tile, tokens, out) },
+    float: |dtype, panels, tile, tokens, out| unsafe {
+        float::product(dtype, panels, tile, tokens, out)
+    },
     // SAFETY: as above.
     quantise: |row, out, stride| unsafe { quantised::quantise(row, out, stride) },
     // SAFETY: as above.
