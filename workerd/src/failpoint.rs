@@ -1,8 +1,8 @@
 //! Named moments of a hand-over at which a test can hold, slow or end this process.
 //!
 //! Compiled in and inert: a passer reads one flag. They can be armed only where the environment says
-//! `BATON_TEST=1`: by `BATON_FAILPOINTS` at start, by `PUT /test/failpoints` later. There, freed blocks are
-//! overwritten too, so that whoever reads one too late reads what is no number.
+//! `BATON_TEST=1`: by `BATON_FAILPOINTS` at start, by `PUT /test/failpoints` later. There, blocks whose
+//! content is lost are overwritten too, so that whoever reads one too late reads what is no number.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -226,7 +226,7 @@ async fn demonstrate(cluster: &Cluster, plan: &Plan) -> Result<()> {
             after.sum(series, labels) - before.sum(series, labels)
         };
         let tokens = |source| grown("baton_worker_prompt_tokens_total", &[("source", source)]);
-        let (computed, pulled) = (tokens("computed"), tokens("pulled"));
+        let (computed, pulled, prefix) = (tokens("computed"), tokens("pulled"), tokens("prefix"));
         let generated = grown("baton_worker_generated_tokens_total", &[]);
         let moved = grown("baton_worker_handover_bytes_total", &[]);
         let seconds = grown("baton_worker_handover_seconds_sum", &[]);
@@ -239,7 +239,9 @@ async fn demonstrate(cluster: &Cluster, plan: &Plan) -> Result<()> {
             ),
             _ => "had nothing to do".to_owned(),
         };
-        say(&format!("  {name}: {did}"));
+        let known =
+            if prefix > 0.0 { format!("; knew {prefix} prompt tokens") } else { String::new() };
+        say(&format!("  {name}: {did}{known}"));
     }
     Ok(())
 }

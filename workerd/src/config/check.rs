@@ -199,7 +199,7 @@ impl LogSection {
     }
 }
 
-/// Some 200 bytes each are reserved, more are used by long prompts.
+/// Each takes some 200 bytes, those of long prompts a few thousand.
 const MOST_EVENTS: u32 = 1 << 20;
 
 const LEVEL_RULE: &str =

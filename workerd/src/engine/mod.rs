@@ -8,6 +8,7 @@ mod pace;
 mod philox;
 mod publish;
 mod pulls;
+pub mod rehearsal;
 mod run;
 pub mod sampling;
 mod scheduler;

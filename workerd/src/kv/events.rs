@@ -11,6 +11,9 @@ use baton_shared::kv::block_hash::{EventHash, EventHashAlgorithm};
 /// Blocks one event names at most; more begin another.
 const MOST_BLOCKS: u32 = 64;
 
+/// Events that memory is set aside for; a larger buffer grows when it has to.
+const MOST_RESERVED: usize = 4096;
+
 /// One change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KvEvent {
@@ -154,6 +157,7 @@ impl EventLog {
 
 impl Pending {
     fn reserved(capacity: usize, block_tokens: usize) -> Self {
+        let capacity = capacity.min(MOST_RESERVED);
         Self {
             events: VecDeque::with_capacity(capacity + 1),
             hashes: VecDeque::with_capacity(capacity),

@@ -1,7 +1,7 @@
 //! One step: a token of each decoding sequence, then prefill chunks, within the step's tokens and time.
 //!
-//! Decodes are never held back by time; a prefill gets at least one block's worth in every step, so that neither waits
-//! for ever for the other. Nothing here needs new memory once the plan has been as large before.
+//! Decodes are never held back by time; a prefill gets at least a few tokens in every step, so that neither waits for
+//! ever for the other. Nothing here needs new memory once the plan has been as large before.
 
 use super::super::pace::Work;
 use super::super::sequence::{Kind, Place};
@@ -9,7 +9,7 @@ use super::super::sequences::SeqId;
 use super::super::step::{Input, SlotOpen, StepPlan, StepSeq};
 use super::Scheduler;
 
-/// A chunk that is cut for want of time has a multiple of so many tokens: kernels like that.
+/// A chunk that is cut for want of time has a multiple of so many tokens (kernels like that), and no fewer.
 const GRANULE: u32 = 16;
 
 /// What the loop must know of a planned step; its memory is used again.
@@ -106,7 +106,7 @@ impl Scheduler {
         let wanted = sequence.inputs().min(room);
         let Some(pace) = &self.pace else { return wanted };
         let fits = pace.chunk(step.work, sequence.computed, wanted, GRANULE);
-        let least = if step.prefills == 0 { self.limits.block_tokens } else { 0 };
+        let least = if step.prefills == 0 { GRANULE } else { 0 };
         fits.max(least.min(wanted))
     }
 

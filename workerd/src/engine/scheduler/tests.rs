@@ -323,8 +323,8 @@ fn time_bounds_a_chunk_below_the_token_budget_and_a_prefill_goes_on_beside_any_d
     assert_eq!(bench.step(), [(3, 1, true), (16, 16, false)]);
     // Steps are longer than they should be already.
     bench.scheduler.pace = pace(0.0);
-    assert_eq!(bench.step(), [(4, 1, true), (32, 4, false)]);
-    assert_eq!(bench.step(), [(5, 1, true), (36, 4, false)]);
+    assert_eq!(bench.step(), [(4, 1, true), (32, 16, false)]);
+    assert_eq!(bench.step(), [(5, 1, true), (48, 16, false)]);
 }
 
 #[test]
