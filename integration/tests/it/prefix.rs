@@ -229,3 +229,28 @@ async fn prompts_of_two_salts_share_nothing() {
     }
     running.stop();
 }
+
+#[tokio::test]
+async fn a_prompt_that_is_known_as_a_whole_moves_nothing_and_its_lease_ends_as_read() {
+    let model = tiny::model(4);
+    let running = start(&model.path, 1, 1, toml::Table::new()).await;
+    let [context, generation] = &running.cluster.workers[..] else { panic!("two workers") };
+    let request = json!({"model": model.name, "prompt": token_ids(5, 1_024, model.vocab),
+        "max_tokens": 9, "temperature": 0.8, "seed": 3, "ignore_eos": true});
+    let counted = |name: &'static str, labels: &'static [(&str, &str)]| async move {
+        (metrics(context).await.sum(name, labels), metrics(generation).await.sum(name, labels))
+    };
+    let first = complete(running.cluster.client(), &request, false).await;
+    let (_, bytes) = counted("baton_worker_handover_bytes_total", &[]).await;
+    let again = complete(running.cluster.client(), &request, true).await;
+    assert_eq!(again, first);
+    assert_eq!(prompt_tokens(generation).await, [0.0, 1_024.0, 1_024.0]);
+    assert_eq!(counted("baton_worker_handover_bytes_total", &[]).await, (0.0, bytes));
+    assert_eq!(counted("baton_worker_handovers_total", &[]).await, (0.0, 2.0));
+    all_free(&running.cluster, Duration::from_secs(5)).await;
+    let ended = counted("baton_worker_leases_ended_total", &[("end", "pulled")]).await;
+    assert_eq!(ended, (2.0, 0.0));
+    // The context worker must compute the last token, with the block it is in.
+    assert_eq!(prompt_tokens(context).await, [1_056.0, 992.0, 0.0]);
+    running.stop();
+}
