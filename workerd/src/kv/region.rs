@@ -6,6 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use baton_shared::kv::layout::KvLayout;
 
+/// Bytes of a huge page. Attention walks through blocks far apart: with small pages it waits for page tables.
+const HUGE_PAGE: usize = 2 << 20;
+
 /// A page-aligned, zeroed private mapping of host memory, unmapped when the last [`Region`] of it is gone.
 #[derive(Debug)]
 struct HostMemory {
@@ -25,6 +28,25 @@ impl Drop for HostMemory {
     }
 }
 
+/// A new anonymous private mapping at an address of the kernel's choice.
+fn map(bytes: usize) -> std::io::Result<*mut u8> {
+    // SAFETY: no memory that is in use is named.
+    let base = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            bytes,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        )
+    };
+    if base == libc::MAP_FAILED {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(base.cast())
+}
+
 /// A range of memory that can be registered with a transport. Cloning shares it.
 #[derive(Clone, Debug)]
 pub struct Region {
@@ -38,21 +60,24 @@ impl Region {
     /// What the system says when there is not so much.
     pub fn host(bytes: usize) -> std::io::Result<Self> {
         let bytes = bytes.max(1).next_multiple_of(4096);
-        // SAFETY: an anonymous private mapping at an address of the kernel's choice.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(std::io::Error::last_os_error());
+        if bytes < HUGE_PAGE {
+            return Ok(Self { memory: Arc::new(HostMemory { base: map(bytes)?, bytes }) });
         }
-        Ok(Self { memory: Arc::new(HostMemory { base: base.cast(), bytes }) })
+        // An aligned stretch out of a longer one; what lies before and behind it is given back.
+        let longer = bytes.checked_add(HUGE_PAGE).ok_or(std::io::ErrorKind::OutOfMemory)?;
+        let start = map(longer)?;
+        let before = start.align_offset(HUGE_PAGE).min(HUGE_PAGE);
+        let base = start.wrapping_add(before);
+        for (part, len) in [(start, before), (base.wrapping_add(bytes), HUGE_PAGE - before)] {
+            if len > 0 {
+                // SAFETY: whole pages of the mapping just made that nobody knows of.
+                unsafe { libc::munmap(part.cast(), len) };
+            }
+        }
+        // Only a wish: where there are no huge pages, small ones do.
+        // SAFETY: the mapping just made, as long as it still is.
+        unsafe { libc::madvise(base.cast(), bytes, libc::MADV_HUGEPAGE) };
+        Ok(Self { memory: Arc::new(HostMemory { base, bytes }) })
     }
 
     /// First byte.
@@ -113,6 +138,20 @@ impl Region {
         unsafe {
             std::ptr::copy_nonoverlapping(self.base().add(offset), into.as_mut_ptr().cast(), len);
         };
+    }
+
+    /// Has the processor fetch `len` bytes from `offset` while it does something else.
+    ///
+    /// # Panics
+    /// If the range is not inside the region.
+    pub fn prefetch(&self, offset: usize, len: usize) {
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.bytes()));
+        #[cfg(target_arch = "x86_64")]
+        for line in (offset..offset + len).step_by(64) {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            // SAFETY: in bounds by the assertion; nothing is read as far as the language is concerned.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.base().add(line).cast()) };
+        }
     }
 
     /// Copies 16-bit elements to `offset`.

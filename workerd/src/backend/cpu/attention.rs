@@ -10,7 +10,8 @@ use super::cache::{Cache, Kind};
 use super::kernels::attention::{ATTENTION_TILE, Attention as Kernels, Running};
 use super::kernels::scalar::exp;
 use super::linear::{Team, grow};
-use super::pieces::{Chain, Count, Either, Grid, Pieces, Split};
+use super::pieces::grid::Grid;
+use super::pieces::{Chain, Count, Either, Pieces, Split};
 use super::places::{Part, Places, SPAN};
 use super::rope;
 
@@ -201,6 +202,10 @@ impl Layer<'_> {
             (kernels.transpose)(&stored[..tile], &mut keys[..tile]);
             cache.load((table, first, tokens), head, Kind::Value, stored);
             (kernels.widen)(&stored[..tokens * size], &mut values[..tokens * size]);
+            if first + ATTENTION_TILE < end {
+                let next = first + ATTENTION_TILE;
+                cache.prefetch((table, next, ATTENTION_TILE.min(end - next)), head);
+            }
             let mut attend = |rows: Range<usize>, tokens: usize| {
                 let running = &mut running[rows.start * group..rows.end * group];
                 let vectors = rows.start * group * size..rows.end * group * size;

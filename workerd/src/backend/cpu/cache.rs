@@ -49,6 +49,19 @@ impl Cache<'_> {
         }
     }
 
+    /// Has the keys and values from position `first` on fetched, as far as they lie in one block, `tokens` at most.
+    pub fn prefetch(&self, (table, first, tokens): (usize, usize, usize), head: usize) {
+        let vector = self.vector_bytes();
+        for kind in [Kind::Key, Kind::Value] {
+            let (offset, run) = self.place(table, first, head, kind);
+            self.pool.region.prefetch(offset, run.min(tokens) * vector);
+        }
+    }
+
+    fn vector_bytes(&self) -> usize {
+        self.pool.layout.head_dim as usize * self.pool.layout.dtype.bytes() as usize
+    }
+
     /// Offset of a position's vector, and how many positions follow it directly, itself included.
     fn place(&self, table: usize, position: usize, head: usize, kind: Kind) -> (usize, usize) {
         let layout = &self.pool.layout;
@@ -56,7 +69,6 @@ impl Cache<'_> {
         let block = self.tables[table + position / tokens];
         let head = layout.heads.start + head as u32;
         let base = layout.offset(block, layout.layers.start + self.layer, head, kind as u32);
-        let vector = layout.head_dim as usize * layout.dtype.bytes() as usize;
-        (base as usize + position % tokens * vector, tokens - position % tokens)
+        (base as usize + position % tokens * self.vector_bytes(), tokens - position % tokens)
     }
 }

@@ -1,7 +1,5 @@
 //! Whether this back end can run a model, and whether a step plan keeps the contract: checked before memory is touched.
 
-use std::collections::HashSet;
-
 use baton_shared::kv::layout::KvLayout;
 
 use super::kernels::LANES;
@@ -105,6 +103,26 @@ fn matrix(name: &str, weight: &Weight, rows: usize, cols: usize) -> Result<(), S
     Ok(())
 }
 
+/// What a plan has named so far: for each slot and block the number of the check that met it last. Kept from step to step.
+#[derive(Debug, Default)]
+pub struct Seen {
+    check: u64,
+    slots: Vec<u64>,
+    blocks: Vec<u64>,
+}
+
+impl Seen {
+    /// For so many slots and blocks.
+    pub fn new(slots: u32, blocks: u32) -> Self {
+        Self { check: 0, slots: vec![0; slots as usize], blocks: vec![0; blocks as usize] }
+    }
+
+    /// Notes it in `marks`; false if this check has met it before.
+    fn note(check: u64, marks: &mut [u64], number: u32) -> bool {
+        std::mem::replace(&mut marks[number as usize], check) != check
+    }
+}
+
 /// Whether a plan is within the back end's limits. `last` gives the last token of a slot that was opened before.
 ///
 /// # Errors
@@ -113,11 +131,13 @@ pub fn plan(
     plan: &StepPlan,
     caps: &Caps,
     layout: &KvLayout,
+    seen: &mut Seen,
     last: impl Fn(Slot) -> Option<Option<u32>>,
 ) -> Result<(), BackendError> {
+    seen.check += 1;
     sizes(plan, caps)
-        .and_then(|()| slots(plan, caps, last))
-        .and_then(|()| blocks(plan, layout))
+        .and_then(|()| slots(plan, caps, seen, last))
+        .and_then(|()| blocks(plan, layout, seen))
         .map_err(BackendError::InvalidPlan)
 }
 
@@ -152,15 +172,15 @@ fn sizes(plan: &StepPlan, caps: &Caps) -> Result<(), String> {
 fn slots(
     plan: &StepPlan,
     caps: &Caps,
+    seen: &mut Seen,
     last: impl Fn(Slot) -> Option<Option<u32>>,
 ) -> Result<(), String> {
     let used = plan.opens.iter().map(|open| open.slot).chain(plan.seqs.iter().map(|seq| seq.slot));
     if let Some(Slot(slot)) = used.into_iter().find(|slot| slot.0 >= caps.max_sequences) {
         return Err(format!("slot {slot} of {}", caps.max_sequences));
     }
-    let mut seen = HashSet::new();
     for StepSeq { slot, input, .. } in &plan.seqs {
-        if !seen.insert(*slot) {
+        if !Seen::note(seen.check, &mut seen.slots, slot.0) {
             return Err(format!("slot {} twice", slot.0));
         }
         let opened = plan.opens.iter().rev().find(|open| open.slot == *slot);
@@ -183,8 +203,7 @@ fn unknown(token: u32, caps: &Caps) -> String {
 }
 
 /// Every table covers its sequence with blocks of the pool; no block is written for two sequences.
-fn blocks(plan: &StepPlan, layout: &KvLayout) -> Result<(), String> {
-    let mut written = HashSet::new();
+fn blocks(plan: &StepPlan, layout: &KvLayout, seen: &mut Seen) -> Result<(), String> {
     for seq in &plan.seqs {
         let range = seq.table.start as usize..seq.table.end as usize;
         let Some(table) = plan.tables.get(range) else {
@@ -200,7 +219,8 @@ fn blocks(plan: &StepPlan, layout: &KvLayout) -> Result<(), String> {
         }
         let first = (u64::from(seq.start) / tokens) as usize;
         let last = end.div_ceil(tokens) as usize;
-        if let Some(block) = table[first..last].iter().find(|block| !written.insert(block.0)) {
+        let mut written = table[first..last].iter();
+        if let Some(block) = written.find(|b| !Seen::note(seen.check, &mut seen.blocks, b.0)) {
             return Err(format!("block {} is written twice", block.0));
         }
     }

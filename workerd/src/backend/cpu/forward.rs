@@ -154,6 +154,8 @@ pub struct Workspace {
     parts: Parts,
     /// `[row][gate, up]`.
     gate_up: Vec<f32>,
+    /// `[sampled row][hidden]`: the stream after the last block.
+    last: Vec<f32>,
     /// `[sampled row][vocab]`.
     logits: Vec<f32>,
 }
@@ -208,7 +210,7 @@ impl Workspace {
         let layer = attention::Layer { heads, places, cache, qkv };
         layer.attend(team, parts, attended);
         let want = (block.output.forms(), heads.query_row());
-        let beside = Count(tiling.row_ends().len());
+        let beside = Count(tiling.run_ends().len());
         activations.fill(team, tiling, want, beside, |(), _, row, out| {
             layer.gather(row, parts, attended, out);
         });
@@ -221,7 +223,7 @@ impl Workspace {
         block.gate_up.apply(team, tiling, activations, gate_up);
         let kernels = team.kernels;
         let want = (block.down.forms(), weights.ffn);
-        let beside = Count(tiling.row_ends().len());
+        let beside = Count(tiling.run_ends().len());
         activations.fill(team, tiling, want, beside, |(), _, row, out| {
             let (gate, up) =
                 gate_up[row * 2 * weights.ffn..][..2 * weights.ffn].split_at(weights.ffn);
@@ -242,7 +244,7 @@ impl Workspace {
         let Self { tiling, activations, stream, delta, .. } = self;
         let hidden = weights.hidden;
         let kernels = team.kernels;
-        let beside = Split::at(stream, tiling.row_ends(), hidden);
+        let beside = Split::at(stream, tiling.run_ends(), hidden);
         let want = (next.forms(), hidden);
         activations.fill(team, tiling, want, beside, |stream, at, row, out| {
             let stream = &mut stream[at * hidden..][..hidden];
@@ -254,20 +256,22 @@ impl Workspace {
     }
 
     fn logits(&mut self, team: &mut Team, weights: &Weights, sampled: &[usize]) -> &mut [f32] {
-        let Self { sampled_tiling: tiling, activations, stream, delta, logits, .. } = self;
+        let Self { sampled_tiling: tiling, activations, stream, delta, last, logits, .. } = self;
         let hidden = weights.hidden;
         let kernels = team.kernels;
         let head = weights.head.as_ref().unwrap_or(&weights.embedding);
         tiling.set(sampled.len());
         grow(logits, sampled.len() * weights.vocab);
         let want = (head.forms(), hidden);
-        let beside = Count(tiling.row_ends().len());
+        grow(last, sampled.len() * hidden);
+        let beside = Split::at(last, tiling.run_ends(), hidden);
         let (stream, delta) = (&*stream, &*delta);
-        activations.fill(team, tiling, want, beside, |(), _, at, out| {
-            let row = sampled[at] * hidden..(sampled[at] + 1) * hidden;
-            let mut sum = stream[row.clone()].to_vec();
-            add_to(&mut sum, &delta[row]);
-            (kernels.rms_norm)(&sum, &weights.final_norm, weights.epsilon, out);
+        activations.fill(team, tiling, want, beside, |last, at, number, out| {
+            let last = &mut last[at * hidden..][..hidden];
+            let row = sampled[number] * hidden..(sampled[number] + 1) * hidden;
+            last.copy_from_slice(&stream[row.clone()]);
+            add_to(last, &delta[row]);
+            (kernels.rms_norm)(last, &weights.final_norm, weights.epsilon, out);
         });
         head.apply(team, tiling, activations, logits);
         &mut logits[..sampled.len() * weights.vocab]

@@ -6,7 +6,8 @@ use std::ops::Range;
 
 use super::attention;
 use super::kernels::{Kernels, QUANT, QuantBlock, ROWS, TOKENS, Tile, wants_quantised};
-use super::pieces::{Grid, Pieces, Split};
+use super::pieces::Pieces;
+use super::pieces::grid::{Grid, TileRun, Tiles};
 use super::repack::Panels;
 use super::threads::Threads;
 use crate::model::{Weight, WeightType};
@@ -27,6 +28,8 @@ pub struct Team {
 pub struct Scratch {
     /// One row of activations.
     pub row: Vec<f32>,
+    /// The same, quantised.
+    blocks: Vec<QuantBlock>,
     /// What a product kernel gives.
     pub product: Vec<f32>,
     /// For attention.
@@ -49,6 +52,10 @@ impl Team {
 pub struct Tiling {
     /// Where each tile's rows end.
     row_ends: Vec<usize>,
+    /// What a thread fills at a time: some rows of a tile.
+    runs: Vec<TileRun>,
+    /// Where their rows end.
+    run_ends: Vec<usize>,
 }
 
 impl Tiling {
@@ -57,6 +64,21 @@ impl Tiling {
         let tiles = rows.div_ceil(TOKENS);
         self.row_ends.clear();
         self.row_ends.extend((1..=tiles).map(|tile| tile * rows / tiles));
+        self.runs.clear();
+        self.run_ends.clear();
+        for tile in 0..tiles {
+            let rows = run(&self.row_ends, tile);
+            for first in rows.clone().step_by(FILLED_ROWS) {
+                let end = rows.end.min(first + FILLED_ROWS);
+                self.runs.push(TileRun { tile: rows.clone(), columns: first..end });
+                self.run_ends.push(end);
+            }
+        }
+    }
+
+    /// Where the rows of each piece of [`Activations::fill`] end.
+    pub fn run_ends(&self) -> &[usize] {
+        &self.run_ends
     }
 
     /// Rows.
@@ -74,6 +96,9 @@ impl Tiling {
         (0..self.row_ends.len()).map(|tile| run(&self.row_ends, tile))
     }
 }
+
+/// Rows of a tile that a thread fills at a time: few, so that a small step keeps all threads busy.
+const FILLED_ROWS: usize = 2;
 
 fn run(ends: &[usize], index: usize) -> Range<usize> {
     let start = index.checked_sub(1).map_or(0, |before| ends[before]);
@@ -96,8 +121,8 @@ pub struct Activations {
 }
 
 impl Activations {
-    /// Fills them tile by tile: `source` gets the tile's piece of `beside` and the row's number within the tile and in
-    /// all, and writes the row's `cols` elements.
+    /// Fills them, some rows of a tile at a time: `source` gets these rows' piece of `beside` and the row's number among
+    /// them and in all, and writes the row's `cols` elements.
     pub fn fill<P: Pieces>(
         &mut self,
         team: &mut Team,
@@ -111,23 +136,27 @@ impl Activations {
         self.cols = cols;
         grow(&mut self.quantised, tiling.rows() * blocks);
         grow(&mut self.float, tiling.rows() * columns);
-        let quantised = Split::at(&mut self.quantised, &tiling.row_ends, blocks);
-        let float = Split::at(&mut self.float, &tiling.row_ends, columns);
+        let quantised = Tiles::new(&mut self.quantised, blocks, &tiling.runs);
+        let float = Tiles::new(&mut self.float, columns, &tiling.runs);
         let kernels = team.kernels;
         team.each(
             (beside, (quantised, float)),
-            |scratch, tile, (mut beside, (quantised, float))| {
-                let rows = run(&tiling.row_ends, tile);
-                let tokens = rows.len();
+            |scratch, index, (mut beside, (mut quantised, mut float))| {
                 grow(&mut scratch.row, cols);
-                let values = &mut scratch.row[..cols];
-                for (at, row) in rows.enumerate() {
+                grow(&mut scratch.blocks, blocks);
+                let (values, blocks) = (&mut scratch.row[..cols], &mut scratch.blocks[..blocks]);
+                for (at, row) in run(&tiling.run_ends, index).enumerate() {
                     source(&mut beside, at, row, values);
                     if forms.quantised {
-                        (kernels.quantise)(values, &mut quantised[at..], tokens);
+                        (kernels.quantise)(values, blocks, 1);
+                        for (k, block) in blocks.iter().enumerate() {
+                            quantised.row(k)[at] = *block;
+                        }
                     }
-                    for (value, column) in values.iter().zip(float.chunks_exact_mut(tokens)) {
-                        column[at] = *value;
+                    if forms.float {
+                        for (k, value) in values.iter().enumerate() {
+                            float.row(k)[at] = *value;
+                        }
                     }
                 }
             },
@@ -216,7 +245,7 @@ impl Linear {
         let kernels = team.kernels;
         let rows = 0..tiling.rows();
         let out = &mut out[..self.rows * rows.end];
-        let grid = Grid::new(out, self.rows, std::slice::from_ref(&rows), run * ROWS);
+        let grid = Grid::tapered(out, self.rows, std::slice::from_ref(&rows), (ROWS, run));
         team.each(grid, |scratch, _, mut rectangle| {
             let columns = rectangle.columns();
             let mut first = 0;

@@ -100,6 +100,7 @@ pub struct CpuBackend {
     team: Team,
     batch: Batch,
     workspace: Workspace,
+    seen: check::Seen,
     /// Sampler of each slot that was ever opened.
     slots: Vec<Option<Sampler>>,
     next_ticket: u64,
@@ -149,6 +150,7 @@ impl CpuBackend {
             team: Team { kernels, threads, scratch },
             batch: Batch::default(),
             workspace: Workspace::default(),
+            seen: check::Seen::new(options.max_sequences, options.blocks),
             slots: vec![None; options.max_sequences as usize],
             next_ticket: 0,
             done: VecDeque::new(),
@@ -207,7 +209,7 @@ impl Backend for CpuBackend {
 
     fn submit(&mut self, step: &StepPlan) -> Result<StepTicket, BackendError> {
         let last = |slot: Slot| self.slots[slot.0 as usize].as_ref().map(Sampler::last);
-        check::plan(step, &self.caps, &self.pool.layout, last)?;
+        check::plan(step, &self.caps, &self.pool.layout, &mut self.seen, last)?;
         self.open(step);
         let mut out = self.spare.pop().unwrap_or_default();
         out.clear();

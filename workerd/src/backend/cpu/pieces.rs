@@ -1,8 +1,9 @@
-//! How a buffer falls into pieces that no two threads share: runs of a slice, or rectangles of a matrix.
+//! How a buffer falls into pieces that no two threads share: runs of a slice here, rectangles of matrices in [`grid`].
 #![expect(unsafe_code, reason = "disjoint pieces of one buffer are handed to several threads")]
 
+pub mod grid;
+
 use std::marker::PhantomData;
-use std::ops::Range;
 
 /// Work that falls into pieces, no two of which share memory.
 ///
@@ -96,103 +97,6 @@ unsafe impl<'a, T: Send> Pieces for Split<'a, T> {
     }
 }
 
-/// A row-major matrix cut into rectangles: runs of rows by runs of columns, columns fastest.
-#[derive(Debug)]
-pub struct Grid<'a> {
-    base: *mut f32,
-    columns: usize,
-    bands: &'a [Range<usize>],
-    width: usize,
-    owner: PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: a `Grid` gives out disjoint rectangles of `f32`, each once.
-unsafe impl Sync for Grid<'_> {}
-
-impl<'a> Grid<'a> {
-    /// Runs of rows `bands` by runs of `width` columns, the last one perhaps narrower.
-    ///
-    /// # Panics
-    /// If `width` or `columns` is 0, the bands do not ascend, or one passes the matrix's end.
-    pub fn new(
-        matrix: &'a mut [f32],
-        columns: usize,
-        bands: &'a [Range<usize>],
-        width: usize,
-    ) -> Self {
-        assert!(width > 0 && columns > 0);
-        assert!(bands.iter().all(|band| band.start <= band.end), "pieces end in order");
-        assert!(bands.is_sorted_by(|a, b| a.end <= b.start), "pieces end in order");
-        let end = bands.last().map_or(0, |band| band.end);
-        assert!(end <= matrix.len() / columns, "pieces lie in the buffer");
-        Self { base: matrix.as_mut_ptr(), columns, bands, width, owner: PhantomData }
-    }
-
-    /// Rectangles beside each other.
-    pub fn across(&self) -> usize {
-        self.columns.div_ceil(self.width)
-    }
-}
-
-// SAFETY: rectangles of one matrix with ascending bands of rows and separate columns; the matrix is borrowed for `'a`.
-unsafe impl<'a> Pieces for Grid<'a> {
-    type Piece = Rectangle<'a>;
-
-    fn count(&self) -> usize {
-        self.bands.len() * self.across()
-    }
-
-    unsafe fn piece(&self, index: usize) -> Rectangle<'a> {
-        let (band, run) = (index / self.across(), index % self.across());
-        let Range { start: first_row, end } = self.bands[band];
-        let column = run * self.width;
-        Rectangle {
-            // SAFETY: row and column are inside the matrix by the checks at construction.
-            base: unsafe { self.base.add(first_row * self.columns + column) },
-            first_row,
-            rows: end - first_row,
-            column,
-            width: self.width.min(self.columns - column),
-            stride: self.columns,
-            owner: PhantomData,
-        }
-    }
-}
-
-/// One rectangle of a matrix.
-#[derive(Debug)]
-pub struct Rectangle<'a> {
-    base: *mut f32,
-    first_row: usize,
-    rows: usize,
-    column: usize,
-    width: usize,
-    stride: usize,
-    owner: PhantomData<&'a mut [f32]>,
-}
-
-impl Rectangle<'_> {
-    /// Numbers of its rows in the matrix.
-    pub fn rows(&self) -> Range<usize> {
-        self.first_row..self.first_row + self.rows
-    }
-
-    /// Numbers of its columns in the matrix.
-    pub fn columns(&self) -> Range<usize> {
-        self.column..self.column + self.width
-    }
-
-    /// Its part of its `row`th row.
-    ///
-    /// # Panics
-    /// If there is no such row.
-    pub fn row(&mut self, row: usize) -> &mut [f32] {
-        assert!(row < self.rows);
-        // SAFETY: inside the matrix by `Grid`'s checks, shared with no other rectangle, and borrowed from `self`.
-        unsafe { std::slice::from_raw_parts_mut(self.base.add(row * self.stride), self.width) }
-    }
-}
-
 /// Two buffers cut alike.
 // SAFETY: the pieces of each share nothing, and two `&mut` buffers share nothing with each other.
 unsafe impl<A: Pieces, B: Pieces> Pieces for (A, B) {
@@ -256,25 +160,6 @@ fn assert_ascending(ends: &[usize], unit: usize, len: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_grid_covers_each_element_once() {
-        let (rows, columns) = (11, 13);
-        let mut matrix = vec![0.0_f32; rows * columns];
-        let grid = Grid::new(&mut matrix, columns, &[0..4, 4..4, 4..9, 9..11], 5);
-        assert_eq!(grid.count(), 4 * 3);
-        for index in 0..grid.count() {
-            // SAFETY: each index once.
-            let mut part = unsafe { grid.piece(index) };
-            for row in 0..part.rows().len() {
-                let number = (part.rows().start + row) * columns + part.columns().start;
-                for (at, value) in part.row(row).iter_mut().enumerate() {
-                    *value += (number + at + 1) as f32;
-                }
-            }
-        }
-        assert!(matrix.iter().enumerate().all(|(at, &value)| value == (at + 1) as f32));
-    }
 
     #[test]
     #[should_panic(expected = "pieces lie in the buffer")]

@@ -183,17 +183,20 @@ fn accumulate<const Q: usize, const V: usize>(
 ) -> [[__m256; V]; Q] {
     assert!(count > 0 && factors.iter().all(|factors| factors.len() >= count));
     assert!(rows.len() >= (count - 1) * stride + V * LANES);
+    let mut row = rows.as_ptr();
     for k in 0..count {
-        // SAFETY: `V` vectors from `k * stride` on, `k < count`, lie in `rows` by the assertion.
-        let row: [__m256; V] =
-            from_fn(|at| unsafe { _mm256_loadu_ps(rows.as_ptr().add(k * stride + at * LANES)) });
-        for (q, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: `k < count`, and each has as many.
-            let factor = _mm256_set1_ps(unsafe { *factors[q].get_unchecked(k) });
-            for (sum, row) in sums.iter_mut().zip(row) {
-                *sum = _mm256_fmadd_ps(factor, row, *sum);
+        // SAFETY: `k < count`, and each has as many.
+        let factors: [__m256; Q] =
+            factors.map(|factors| _mm256_set1_ps(unsafe { *factors.get_unchecked(k) }));
+        for at in 0..V {
+            // SAFETY: `V` vectors from `k * stride` on, `k < count`, lie in `rows` by the assertion.
+            let vector = unsafe { _mm256_loadu_ps(row.add(at * LANES)) };
+            for (sums, factor) in sums.iter_mut().zip(factors) {
+                sums[at] = _mm256_fmadd_ps(factor, vector, sums[at]);
             }
         }
+        // Not an index: its checks would keep the sums out of the registers.
+        row = row.wrapping_add(stride);
     }
     sums
 }
