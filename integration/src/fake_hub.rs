@@ -59,6 +59,8 @@ struct Shared {
 
 /// Files from this size on are large.
 const LARGE: usize = 200_000;
+/// What every model was called once, beside its owner.
+pub const FORMER_NAME: &str = "former-name";
 
 impl FakeHub {
     /// A hub with the files of a folder as model `id`.
@@ -147,6 +149,15 @@ impl Shared {
         }
     }
 
+    /// Where a model that is asked for by its former name is now.
+    fn renamed(&self, request: &Request) -> Option<Response> {
+        let owner = self.id.split('/').next().unwrap_or_default();
+        let path = request.uri().path();
+        let former = format!("/{owner}/{FORMER_NAME}/");
+        let now = path.contains(&former).then(|| path.replace(&former, &format!("/{}/", self.id)));
+        now.map(|now| (StatusCode::TEMPORARY_REDIRECT, [("location", now)]).into_response())
+    }
+
     fn has(&self, owner: &str, name: &str, revision: &str) -> bool {
         self.id == format!("{owner}/{name}") && ["main", COMMIT].contains(&revision)
     }
@@ -159,6 +170,7 @@ async fn list(
 ) -> Response {
     match shared.enter(&request) {
         Err(refusal) => *refusal,
+        Ok(_) if name == FORMER_NAME => shared.renamed(&request).unwrap_or_default(),
         Ok(_) if !shared.has(&owner, &name, &revision) => missing("RevisionNotFound"),
         Ok(_) => {
             let names = shared.files.keys().map(|name| json!({ "rfilename": name }));
@@ -176,6 +188,9 @@ async fn resolve(
     if let Err(refusal) = shared.enter(&request) {
         return *refusal;
     }
+    if let Some(elsewhere) = shared.renamed(&request) {
+        return elsewhere;
+    }
     let bytes = shared.files.get(&file).filter(|_| shared.has(&owner, &name, &revision));
     let Some(bytes) = bytes else { return missing("EntryNotFound") };
     if bytes.len() < LARGE {
@@ -183,7 +198,8 @@ async fn resolve(
         return ([("etag", etag)], bytes.clone()).into_response();
     }
     let headers = [
-        ("location", format!("http://{}/bytes/{file}", shared.address)),
+        // Another host, as far as its name says.
+        ("location", format!("http://localhost:{}/bytes/{file}", shared.address.port())),
         ("x-linked-etag", format!("\"{}\"", sha256(bytes))),
         ("x-linked-size", bytes.len().to_string()),
     ];

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use baton_integration::client::Client;
-use baton_integration::fake_hub::{Behaviour, COMMIT, FakeHub};
+use baton_integration::fake_hub::{Behaviour, COMMIT, FORMER_NAME, FakeHub};
 use baton_integration::process::{Program, free_port};
 use baton_integration::tiny_model::TinyModel;
 use baton_workerd::model::hub::{Deadlines, HubError, HubSettings, ModelId, fetch};
@@ -179,6 +179,17 @@ fn a_model_that_is_not_everybodys_says_what_it_takes() {
     // The host that has the bytes refuses whoever shows the token there.
     scene.hub.behave(secret);
     scene.fetch().unwrap();
+}
+
+#[test]
+fn a_renamed_model_is_found_by_its_former_name_with_the_token_too() {
+    let mut scene = Scene::new();
+    scene.settings.token = Some("hf_x".into());
+    scene.hub.behave(Behaviour { token: Some("hf_x".into()), ..Behaviour::default() });
+    let id = ModelId::parse(&format!("baton-tests/{FORMER_NAME}")).unwrap();
+    let path = fetch(&id, &scene.settings).unwrap();
+    assert!(path.to_str().unwrap().contains(FORMER_NAME), "{path:?}");
+    model::load(&path).unwrap();
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What is asked of a hub, and what its answers mean.
 
 use serde::Deserialize;
+use ureq::config::RedirectAuthHeaders;
 use ureq::http::Response;
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 use ureq::{Agent, Body};
@@ -64,6 +65,8 @@ impl Client {
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects_will_error(false)
+            // A renamed model is elsewhere on the hub; its bytes are elsewhere than on the hub.
+            .redirect_auth_headers(RedirectAuthHeaders::SameHost)
             .user_agent(concat!("baton/", env!("CARGO_PKG_VERSION")))
             .accept_encoding("identity")
             .timeout_resolve(Some(deadlines.answer))
@@ -162,7 +165,6 @@ impl Client {
     /// [`Refusal`].
     pub fn part(&self, commit: &str, file: &str, from: u64) -> Result<Part, Refusal> {
         let url = self.file_url(commit, file);
-        // The token is not sent on to where the hub redirects to.
         let mut request = self.authorised(self.agent.get(&url), &url);
         if from > 0 {
             request = request.header("range", format!("bytes={from}-"));
