@@ -74,6 +74,8 @@ impl Table {
                 if failed.contains(&who) {
                     continue;
                 }
+                let name = &contestants[who].0;
+                eprintln!("round {} of {rounds}: {name}, {}", round + 1, figures[0].what);
                 match contestants[who].1() {
                     Ok(turn) => turns[who].push(turn),
                     Err(error) if who > 0 => {
