@@ -1,5 +1,6 @@
 //! Whose blocks: the pool's memory, its block states, what free blocks still hold, leases for peers.
 
+mod block;
 pub mod events;
 mod free_list;
 pub mod lease;

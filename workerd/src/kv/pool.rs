@@ -13,38 +13,11 @@ use std::rc::Rc;
 
 use baton_shared::id::BlockIndex;
 
+use super::block::Holders;
 use super::free_list::{Links, List};
 use super::prefix::{Chain, PrefixCache};
 
-/// Blocks by state; together they are the pool.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct BlockCounts {
-    /// Nobody's.
-    pub free: u32,
-    /// Of running sequences.
-    pub used: u32,
-    /// Kept for a reader.
-    pub leased: u32,
-    /// Targets of a pull.
-    pub in_flight: u32,
-    /// Targets of a pull that was given up but may still write.
-    pub quarantined: u32,
-}
-
-/// What the holders of a block do with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BlockState {
-    /// A sequence reads and writes it.
-    Used,
-    /// So does a context pass, which will keep it for a reader; counts as used.
-    Pledged,
-    /// It is kept as it is for a reader.
-    Leased,
-    /// A transfer may write it: it has one holder.
-    InFlight,
-    /// A transfer that was given up may still write it: it has one holder.
-    Quarantined,
-}
+pub use super::block::{BlockCounts, BlockState};
 
 /// The prefix cache of a pool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -71,7 +44,7 @@ struct Shared {
     /// Free blocks of the prefix cache.
     cached: List,
     links: Links,
-    entries: Vec<Entry>,
+    holders: Vec<Holders>,
     counts: BlockCounts,
     /// Blocks that are leased or pledged.
     pledged: u32,
@@ -88,15 +61,6 @@ impl std::fmt::Debug for Shared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Shared").field("counts", &self.counts).finish_non_exhaustive()
     }
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Entry {
-    used: u32,
-    pledged: u32,
-    leased: u32,
-    in_flight: bool,
-    quarantined: bool,
 }
 
 /// Blocks somebody holds, in an order of the holder's. Dropping gives them back.
@@ -121,7 +85,7 @@ impl BlockPool {
             blank,
             cached: List::default(),
             links,
-            entries: vec![Entry::default(); blocks as usize],
+            holders: vec![Holders::default(); blocks as usize],
             counts: BlockCounts { free: blocks, ..BlockCounts::default() },
             pledged: 0,
             cache,
@@ -195,7 +159,7 @@ impl BlockPool {
     /// How many of `found` neither a lease holds nor a context pass.
     pub fn unpledged(&self, found: &[BlockIndex]) -> u32 {
         let shared = self.shared.borrow();
-        found.iter().filter(|block| !shared.entries[block.0 as usize].is_pledged()).count() as u32
+        found.iter().filter(|block| !shared.holders[block.0 as usize].is_pledged()).count() as u32
     }
 
     /// The blocks `found`, then `more` that nobody else holds, all in `state`; room for `capacity` without new memory.
@@ -211,7 +175,7 @@ impl BlockPool {
         let mut blocks = self.none();
         blocks.state = state;
         let mut shared = self.shared.borrow_mut();
-        let is_free = |block: &&BlockIndex| shared.entries[block.0 as usize].is_free();
+        let is_free = |block: &&BlockIndex| shared.holders[block.0 as usize].is_free();
         let taken = found.iter().filter(is_free).count() as u32 + more;
         if shared.counts.free < taken.saturating_add(spare) {
             return None;
@@ -275,12 +239,17 @@ impl Blocks {
     }
 
     /// Changes what is done with all of them.
+    ///
+    /// # Panics
+    /// If a transfer may write one from now on that somebody else holds: rather no engine than a wrong answer.
     pub fn become_state(&mut self, state: BlockState) {
         let mut shared = self.shared.borrow_mut();
+        let allows = |block: &BlockIndex| shared.holders[block.0 as usize].allows(state);
+        assert!(self.ids.iter().all(allows), "a block that others hold cannot be {state:?}");
         for block in &self.ids {
-            shared.change(*block, |entry| {
-                entry.let_go(self.state);
-                entry.hold(state);
+            shared.change(*block, |holders| {
+                holders.let_go(self.state);
+                holders.hold(state);
             });
         }
         drop(shared);
@@ -303,8 +272,8 @@ impl Drop for Blocks {
     fn drop(&mut self) {
         let mut shared = self.shared.borrow_mut();
         for block in self.ids.iter().rev() {
-            shared.change(*block, |entry| entry.let_go(self.state));
-            if shared.entries[block.0 as usize].is_free() {
+            shared.change(*block, |holders| holders.let_go(self.state));
+            if shared.holders[block.0 as usize].is_free() {
                 shared.put_back(*block);
             }
         }
@@ -312,21 +281,21 @@ impl Drop for Blocks {
 }
 
 impl Shared {
-    fn change(&mut self, block: BlockIndex, change: impl FnOnce(&mut Entry)) {
-        let entry = &mut self.entries[block.0 as usize];
-        *entry.counted_in(&mut self.counts) -= 1;
-        self.pledged -= u32::from(entry.is_pledged());
-        change(entry);
-        self.pledged += u32::from(entry.is_pledged());
-        *entry.counted_in(&mut self.counts) += 1;
+    fn change(&mut self, block: BlockIndex, change: impl FnOnce(&mut Holders)) {
+        let holders = &mut self.holders[block.0 as usize];
+        *holders.counted_in(&mut self.counts) -= 1;
+        self.pledged -= u32::from(holders.is_pledged());
+        change(holders);
+        self.pledged += u32::from(holders.is_pledged());
+        *holders.counted_in(&mut self.counts) += 1;
     }
 
     /// A cached block, free or not, gets one more holder.
     fn take_again(&mut self, block: BlockIndex, state: BlockState) {
-        if self.entries[block.0 as usize].is_free() {
+        if self.holders[block.0 as usize].is_free() {
             self.cached.remove(&mut self.links, block);
         }
-        self.change(block, |entry| entry.hold(state));
+        self.change(block, |holders| holders.hold(state));
         self.cache_counts.reused += 1;
     }
 
@@ -341,7 +310,7 @@ impl Shared {
                 }
                 None => self.evict().expect("as many are free as are counted free"),
             };
-            self.change(block, |entry| entry.hold(state));
+            self.change(block, |holders| holders.hold(state));
             self.cache_counts.allocated += 1;
             into.push(block);
         }
@@ -373,50 +342,6 @@ impl Shared {
     fn lose(&self, block: BlockIndex) {
         if let Some(hook) = &self.on_lost {
             hook(block);
-        }
-    }
-}
-
-impl Entry {
-    fn hold(&mut self, state: BlockState) {
-        match state {
-            BlockState::Used => self.used += 1,
-            BlockState::Pledged => self.pledged += 1,
-            BlockState::Leased => self.leased += 1,
-            BlockState::InFlight => self.in_flight = true,
-            BlockState::Quarantined => self.quarantined = true,
-        }
-        let exclusive = usize::from(self.in_flight) + usize::from(self.quarantined);
-        let shared = self.used + self.pledged + self.leased;
-        debug_assert!(exclusive == 0 || (exclusive == 1 && shared == 0), "{self:?}");
-    }
-
-    fn let_go(&mut self, state: BlockState) {
-        match state {
-            BlockState::Used => self.used -= 1,
-            BlockState::Pledged => self.pledged -= 1,
-            BlockState::Leased => self.leased -= 1,
-            BlockState::InFlight => self.in_flight = false,
-            BlockState::Quarantined => self.quarantined = false,
-        }
-    }
-
-    fn is_free(self) -> bool {
-        let holders = self.used + self.pledged + self.leased;
-        holders == 0 && !self.in_flight && !self.quarantined
-    }
-
-    fn is_pledged(self) -> bool {
-        self.pledged + self.leased > 0
-    }
-
-    fn counted_in(self, counts: &mut BlockCounts) -> &mut u32 {
-        match self {
-            _ if self.is_free() => &mut counts.free,
-            _ if self.in_flight => &mut counts.in_flight,
-            _ if self.quarantined => &mut counts.quarantined,
-            _ if self.leased > 0 => &mut counts.leased,
-            _ => &mut counts.used,
         }
     }
 }

@@ -4,13 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
-use baton_shared::id::{DisaggRequestId, Incarnation, WorkerId};
+use baton_shared::id::{DisaggRequestId, Incarnation};
 use baton_shared::kv::block_hash::CacheSalt;
-use baton_shared::kv::record::Record;
 
 use super::super::output;
 use super::super::sampling::SamplingParams;
-use super::super::sequence::Source;
 use super::super::step::{Input, StepPlan};
 use super::super::{Phase, QueuePlace, StopRule, Submission};
 use super::*;

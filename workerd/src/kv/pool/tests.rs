@@ -232,6 +232,54 @@ fn a_lost_content_is_told_once_and_before_the_block_is_used_again() {
 }
 
 #[test]
+fn shared_blocks_count_once_by_what_their_holders_do_whatever_happens() {
+    const SIZE: u32 = 31;
+    let states = [BlockState::Used, BlockState::Pledged, BlockState::Leased];
+    let mut random = SmallRng::seed_from_u64(4);
+    let pool = cached_pool(SIZE);
+    let mut held: Vec<(Blocks, BlockState)> = Vec::new();
+    let mut shared = 0;
+    for _ in 0..10_000 {
+        let which = random.random_range(0..held.len().max(1));
+        match random.random_range(0..4) {
+            0 | 1 => {
+                let tokens: Vec<u32> = (0..10).map(|_| random.random_range(0..2)).collect();
+                let blocks = computed(&pool, &tokens, None);
+                held.extend(blocks.map(|(blocks, _)| (blocks, BlockState::Used)));
+            }
+            2 if !held.is_empty() => drop(held.swap_remove(which)),
+            3 if !held.is_empty() => {
+                let (blocks, state) = &mut held[which];
+                *state = states[random.random_range(0..3)];
+                blocks.become_state(*state);
+            }
+            _ => {}
+        }
+        let of = |wanted: &[BlockState]| -> HashSet<u32> {
+            let some = held.iter().filter(|(_, state)| wanted.contains(state));
+            some.flat_map(|(blocks, _)| ids(blocks)).collect()
+        };
+        let (all, leased) = (of(&states), of(&[BlockState::Leased]));
+        let BlockCounts { free, used, leased: counted, in_flight, quarantined } = pool.counts();
+        assert_eq!((free, counted), (SIZE - all.len() as u32, leased.len() as u32));
+        assert_eq!((used, in_flight + quarantined), ((all.len() - leased.len()) as u32, 0));
+        assert_eq!(pool.pledged(), of(&states[1..]).len() as u32);
+        shared += held.iter().map(|(blocks, _)| blocks.count() as usize).sum::<usize>() - all.len();
+    }
+    assert!(shared > 10_000, "{shared}");
+}
+
+#[test]
+#[should_panic(expected = "a block that others hold cannot be InFlight")]
+fn a_block_that_a_transfer_may_write_has_no_other_holder() {
+    let pool = cached_pool(2);
+    let (mut one, _) = computed(&pool, &[1, 2], None).unwrap();
+    let (_two, found) = computed(&pool, &[1, 2], None).unwrap();
+    assert_eq!(found, 1);
+    one.become_state(BlockState::InFlight);
+}
+
+#[test]
 fn events_tell_at_every_moment_exactly_which_blocks_can_be_found() {
     const SIZE: u32 = 23;
     for algorithm in [EventHashAlgorithm::V1BlockKey, EventHashAlgorithm::V2Sha256] {

@@ -1,5 +1,9 @@
-//! What the scheduler does with prompts whose beginning the prefix cache has.
+//! What the prefix cache has is not computed or fetched again, and counts once.
 
+use baton_shared::id::WorkerId;
+use baton_shared::kv::record::Record;
+
+use super::super::super::sequence::Source;
 use super::*;
 
 fn prompt(len: u32) -> Vec<u32> {
