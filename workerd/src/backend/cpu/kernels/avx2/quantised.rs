@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 use std::array::from_fn;
 
 use super::super::{LANES, QUANT, QuantBlock, ROWS, SMALLEST_MAX, TOKENS};
-use super::{largest, load, store};
+use super::{bytes, largest, load, prefetch, store};
 use crate::backend::cpu::repack::Group;
 use crate::model::WeightType;
 
@@ -36,7 +36,7 @@ pub(super) fn product(
 }
 
 /// Tokens that are worked on side by side, so that none waits for its own sums.
-const ABREAST: usize = 3;
+const ABREAST: usize = 4;
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn product_of<const TYPE: usize>(
@@ -45,7 +45,7 @@ fn product_of<const TYPE: usize>(
     tokens: usize,
     out: &mut [f32],
 ) {
-    let Some(group) = (const { Group::of(WeightType::ALL[TYPE]) }) else { return };
+    let group = const { Group::of(WeightType::ALL[TYPE]).expect("a quantised type") };
     let groups = tile.len() / (tokens * group.blocks);
     let panels = panels.chunks_exact(groups * group.bytes());
     let mut sums = [[_mm256_setzero_ps(); 2]; TOKENS];
@@ -58,6 +58,7 @@ fn product_of<const TYPE: usize>(
             let (head, blocks) = bytes.split_at(group.head);
             let blocks = blocks.chunks_exact(group.block()).zip(tile.chunks_exact(tokens));
             for (within, (block, tile)) in blocks.enumerate() {
+                prefetch(block);
                 for half in 0..2 {
                     let weights = Weights::read::<TYPE>(head, within, block, half);
                     let (several, rest) = tile.as_chunks::<ABREAST>();
@@ -94,7 +95,7 @@ impl Weights {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn read<const TYPE: usize>(head: &[u8], within: usize, block: &[u8], half: usize) -> Self {
         let dtype = const { WeightType::ALL[TYPE] };
-        let Some(group) = Group::of(dtype) else { unreachable!() };
+        let group = const { Group::of(WeightType::ALL[TYPE]).expect("a quantised type") };
         let (high, low) = block.split_at(group.high);
         let halves = |index: usize| f16s(bytes(head, index * 2 * ROWS + half * 16));
         let mut six = [_mm256_setzero_si256(); 3];
@@ -113,15 +114,15 @@ impl Weights {
                 (_mm256_mul_ps(scale, number(0)), _mm256_xor_ps(minimum, minus))
             }
             WeightType::Q6K => {
-                let twice: [__m256i; 2] = from_fn(|index| {
+                let twice = |index: usize| {
                     let at = 2 * ROWS + (within * 2 + index) * ROWS + half * 8;
                     let number = _mm256_cvtepi8_epi32(eight_bytes(bytes(head, at)));
                     let lower = _mm256_and_si256(number, _mm256_set1_epi32(0xffff));
                     _mm256_or_si256(lower, _mm256_slli_epi32::<16>(number))
-                });
-                let both = _mm256_blend_epi16::<0b1010_1010>(twice[0], twice[1]);
-                let offset = _mm256_mullo_epi16(both, _mm256_set1_epi16(-32));
-                six = [twice[0], twice[1], offset];
+                };
+                let (first, last) = (twice(0), twice(1));
+                let both = _mm256_blend_epi16::<0b1010_1010>(first, last);
+                six = [first, last, _mm256_mullo_epi16(both, _mm256_set1_epi16(-32))];
                 (scale, _mm256_setzero_ps())
             }
             _ => (scale, _mm256_setzero_ps()),
@@ -217,17 +218,20 @@ impl Weights {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     fn six<const N: usize>(&self, x: &[QuantBlock; N]) -> [__m256i; N] {
-        from_fn(|n| {
-            let [a, b] = x[n].halves.map(|half| half.cast_unsigned());
-            let halves = broadcast(u32::from(a) | u32::from(b) << 16);
-            let mut sum = _mm256_madd_epi16(self.six[2], halves);
-            for i in (0..8).step_by(2) {
-                let pairs = |i: usize| _mm256_maddubs_epi16(self.codes[i], broadcast(x[n].q[i]));
+        let mut sums = [_mm256_setzero_si256(); N];
+        for (x, sum) in x.iter().zip(&mut sums) {
+            let [a, b] = x.halves.map(|half| u32::from(half.cast_unsigned()));
+            *sum = _mm256_madd_epi16(self.six[2], broadcast(a | b << 16));
+        }
+        for i in (0..8).step_by(2) {
+            for (x, sum) in x.iter().zip(&mut sums) {
+                let pairs = |i: usize| _mm256_maddubs_epi16(self.codes[i], broadcast(x.q[i]));
                 let pairs = _mm256_add_epi16(pairs(i), pairs(i + 1));
-                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, self.six[i / 4]));
+                let fours = _mm256_madd_epi16(pairs, self.six[i / 4]);
+                *sum = in_order(_mm256_add_epi32(*sum, fours));
             }
-            sum
-        })
+        }
+        sums
     }
 
     #[inline]
@@ -240,7 +244,7 @@ impl Weights {
                 let signed = _mm256_sign_epi8(broadcast(x.q[i]), code);
                 let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(code), signed);
                 let fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-                *sum = _mm256_add_epi32(*sum, fours);
+                *sum = in_order(_mm256_add_epi32(*sum, fours));
             }
         }
         sums
@@ -256,11 +260,6 @@ fn in_order(mut sum: __m256i) -> __m256i {
         asm!("/* {0} */", inout(ymm_reg) sum, options(pure, nomem, nostack, preserves_flags));
     }
     sum
-}
-
-#[inline]
-fn bytes<const N: usize>(from: &[u8], at: usize) -> &[u8; N] {
-    from[at..].first_chunk().expect("a whole block")
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]

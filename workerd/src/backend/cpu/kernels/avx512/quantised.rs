@@ -7,6 +7,7 @@
 use std::arch::x86_64::*;
 use std::array::from_fn;
 
+use super::super::avx2::{bytes, prefetch};
 use super::super::{QuantBlock, ROWS, TOKENS};
 use super::{f16s, store};
 use crate::backend::cpu::repack::Group;
@@ -41,7 +42,7 @@ fn product_of<const TYPE: usize>(
     tokens: usize,
     out: &mut [f32],
 ) {
-    let Some(group) = (const { Group::of(WeightType::ALL[TYPE]) }) else { return };
+    let group = const { Group::of(WeightType::ALL[TYPE]).expect("a quantised type") };
     let groups = tile.len() / (tokens * group.blocks);
     let panels = panels.chunks_exact(groups * group.bytes());
     let (out, _) = out.as_chunks_mut::<ROWS>();
@@ -67,13 +68,14 @@ fn product_of<const TYPE: usize>(
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn add_panel<const TYPE: usize>(panel: &[u8], tile: &[QuantBlock], sums: &mut [__m512]) {
-    let Some(group) = (const { Group::of(WeightType::ALL[TYPE]) }) else { return };
+    let group = const { Group::of(WeightType::ALL[TYPE]).expect("a quantised type") };
     let tokens = sums.len();
     let groups = panel.chunks_exact(group.bytes());
     for (bytes, tile) in groups.zip(tile.chunks_exact(tokens * group.blocks)) {
         let (head, blocks) = bytes.split_at(group.head);
         let blocks = blocks.chunks_exact(group.block()).zip(tile.chunks_exact(tokens));
         for (within, (block, tile)) in blocks.enumerate() {
+            prefetch(block);
             let weights = Weights::read::<TYPE>(head, within, block);
             for (x, sum) in tile.iter().zip(&mut *sums) {
                 *sum = weights.multiply::<TYPE>(x, *sum);
@@ -100,7 +102,7 @@ impl Weights {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
     fn read<const TYPE: usize>(head: &[u8], within: usize, block: &[u8]) -> Self {
         let dtype = const { WeightType::ALL[TYPE] };
-        let Some(group) = Group::of(dtype) else { unreachable!() };
+        let group = const { Group::of(WeightType::ALL[TYPE]).expect("a quantised type") };
         let (high, low) = block.split_at(group.high);
         let halves = |index: usize| f16s(bytes(head, index * 2 * ROWS));
         let scale = halves(0);
@@ -227,9 +229,4 @@ fn load_bytes(from: &[u8; 64]) -> __m512i {
 fn sixteen_bytes(from: &[u8; 16]) -> __m128i {
     // SAFETY: 16 readable bytes.
     unsafe { _mm_loadu_si128(from.as_ptr().cast()) }
-}
-
-#[inline]
-fn bytes<const N: usize>(from: &[u8], at: usize) -> &[u8; N] {
-    from[at..].first_chunk().expect("a whole block")
 }
