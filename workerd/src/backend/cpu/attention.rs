@@ -52,8 +52,9 @@ pub struct Parts {
     running: Vec<Running>,
 }
 
-/// A thread's own memory.
+/// A thread's own memory; in cache lines of its own.
 #[derive(Debug, Default)]
+#[repr(align(128))]
 pub struct Scratch {
     /// A vector or a tile of keys or values as stored.
     stored: Vec<u16>,

@@ -118,7 +118,8 @@ impl Batch {
         sampled.clear();
     }
 
-    /// Adds a sequence's input from position `start` on; its block table begins at `table` of the plan's.
+    /// Adds a sequence's input from position `start` on, for `threads` threads; its block table begins at `table` of the
+    /// plan's.
     pub fn push(
         &mut self,
         weights: &Weights,
@@ -126,10 +127,11 @@ impl Batch {
         start: u32,
         table: usize,
         sample: bool,
+        threads: usize,
     ) {
         self.tokens.extend_from_slice(input);
-        let group = weights.heads.group();
-        self.places.push(start, input.len(), table, group, &weights.frequencies);
+        let rows = (start, input.len(), table);
+        self.places.push(rows, weights.heads, &weights.frequencies, threads);
         if sample {
             self.sampled.push(self.tokens.len() - 1);
         }

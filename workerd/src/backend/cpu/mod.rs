@@ -183,7 +183,8 @@ impl CpuBackend {
                 }
             };
             let table = seq.table.start as usize;
-            self.batch.push(&self.weights, input, seq.start, table, seq.sample);
+            let threads = self.team.threads.count();
+            self.batch.push(&self.weights, input, seq.start, table, seq.sample, threads);
         }
     }
 

@@ -4,14 +4,18 @@
 //! that decodes) and sees more than one span falls into parts, one a span, so that a long sequence keeps all threads
 //! busy. None of this changes a bit: every row goes through its spans one after the other, or as if.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
+use super::attention::Heads;
 use super::rope;
 
 /// Positions whose softmax stands on its own; those of the spans before are merged with it in order.
 pub const SPAN: usize = 256;
-/// Queries of a KV head that share the keys and values they read, at most.
-const RUN_QUERIES: usize = 64;
+/// Queries of a KV head that share the keys and values they read: with fewer, fetching those would weigh; more would
+/// not stay in the second cache.
+const RUN_QUERIES: RangeInclusive<usize> = 48..=128;
+/// Runs a thread gets at least where rows are many, so that the threads end together.
+const RUNS_EACH: usize = 6;
 
 /// A step's rows; reused from step to step.
 #[derive(Debug, Default)]
@@ -57,14 +61,13 @@ impl Places {
         cosines.clear();
     }
 
-    /// Adds a sequence's rows; `group` query heads share a KV head.
+    /// Adds a sequence's rows, for `threads` threads.
     pub fn push(
         &mut self,
-        start: u32,
-        rows: usize,
-        table: usize,
-        group: usize,
+        (start, rows, table): (u32, usize, usize),
+        heads: Heads,
         frequencies: &[f64],
+        threads: usize,
     ) {
         let first = self.positions.len();
         let end = first + rows;
@@ -81,7 +84,9 @@ impl Places {
         if rows > 1 {
             self.crowded.extend(first..end);
         }
-        let runs = rows.div_ceil((RUN_QUERIES / group).max(1));
+        let queries = rows * heads.queries / (threads * RUNS_EACH);
+        let queries = queries.clamp(*RUN_QUERIES.start(), *RUN_QUERIES.end());
+        let runs = rows.div_ceil((queries / heads.group()).max(1));
         let cut = |run: usize| first + run * rows / runs;
         self.runs.extend((0..runs).map(|run| cut(run)..cut(run + 1)));
     }
