@@ -188,6 +188,13 @@ impl LeaseTable {
     }
 }
 
+/// An engine that ends, by a panic too, gives its blocks back: whoever reads them then must not take them for good.
+impl Drop for LeaseTable {
+    fn drop(&mut self) {
+        self.held.values().for_each(|lease| self.epochs.bump(lease.slot));
+    }
+}
+
 impl Tombstones {
     fn add(&mut self, request: DisaggRequestId) {
         if self.known.insert(request) {
@@ -207,6 +214,26 @@ mod tests {
 
     use super::*;
     use crate::kv::pool::BlockPool;
+
+    #[test]
+    fn a_table_that_goes_raises_the_words_of_its_leases_before_their_blocks_are_free() {
+        let (mut table, epochs, pool) = table();
+        let read = epochs.clone();
+        let granted = |table: &mut LeaseTable, id| {
+            let blocks = pool.allocate(2).unwrap();
+            table.grant(DisaggRequestId(id), blocks, Instant::now()).unwrap()
+        };
+        let grants = [granted(&mut table, 1), granted(&mut table, 2)];
+        let slot = |grant: &Grant| {
+            (0..epochs.slots()).find(|slot| epochs.address(*slot) == grant.epoch_address).unwrap()
+        };
+        let words = grants.map(|grant| (slot(&grant), grant.epoch));
+        pool.on_lost(Box::new(move |_| {
+            assert!(words.iter().all(|(slot, epoch)| read.value(*slot) != *epoch));
+        }));
+        drop(table);
+        assert_eq!(pool.free(), 8);
+    }
 
     fn table() -> (LeaseTable, EpochPage, BlockPool) {
         let epochs = EpochPage::new(8).unwrap();
