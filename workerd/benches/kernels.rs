@@ -10,6 +10,7 @@
 use std::hint::black_box;
 use std::time::Duration;
 
+use baton_workerd::backend::cpu::arena::Arena;
 use baton_workerd::backend::cpu::kernels::{Kernels, QUANT, QuantBlock, ROWS, TOKENS, Tile};
 use baton_workerd::backend::cpu::kernels::{scalar, wants_quantised};
 use baton_workerd::backend::cpu::repack::Panels;
@@ -99,7 +100,9 @@ fn panels(dtype: WeightType, bytes: usize) -> Panels {
     let row = dtype.row_bytes(COLUMNS);
     let rows = bytes / row / (ROWS * RUN) * (ROWS * RUN);
     // 0x11 in all places makes small numbers of every type.
-    Panels::new(&Weight { dtype, rows, cols: COLUMNS, bytes: vec![0x11; rows * row].into() })
+    let bytes = vec![0x11; rows * row].into();
+    let weight = Weight { dtype, rows, cols: COLUMNS, bytes };
+    Panels::new(&weight, &mut Arena::default()).expect("there is memory")
 }
 
 /// All products of a step of `tokens` tokens.

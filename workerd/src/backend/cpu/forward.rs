@@ -5,6 +5,7 @@
 use baton_shared::id::BlockIndex;
 
 use super::CpuError;
+use super::arena::{Arena, OutOfMemory};
 use super::attention::{self, Heads, Parts};
 use super::cache::Cache;
 use super::check;
@@ -54,12 +55,13 @@ impl Weights {
         let (embedding, final_norm) = (source.embedding()?, source.final_norm()?);
         let head = source.head()?;
         check::ends(spec, &embedding, &final_norm, head.as_ref()).map_err(CpuError::Model)?;
-        let head = head.map(|head| Linear::new(&[&head]));
-        let embedding = Linear::new(&[&embedding]);
+        let arena = &mut Arena::default();
+        let head = head.map(|head| Linear::new(&[&head], arena)).transpose()?;
+        let embedding = Linear::new(&[&embedding], arena)?;
         let block = |index| {
             let layer = source.layer(index)?;
             check::layer(spec, &layer).map_err(CpuError::Model)?;
-            Ok(Block::new(&layer, spec.rms_eps))
+            Ok(Block::new(&layer, spec.rms_eps, arena)?)
         };
         Ok(Self {
             blocks: (0..spec.layers).map(block).collect::<Result<_, CpuError>>()?,
@@ -86,16 +88,16 @@ impl Weights {
 }
 
 impl Block {
-    fn new(layer: &Layer, epsilon: f32) -> Self {
-        Self {
+    fn new(layer: &Layer, epsilon: f32, arena: &mut Arena) -> Result<Self, OutOfMemory> {
+        Ok(Self {
             attention_norm: layer.attn_norm.clone(),
-            qkv: Linear::new(&[&layer.q, &layer.k, &layer.v]),
+            qkv: Linear::new(&[&layer.q, &layer.k, &layer.v], arena)?,
             switches: Switches::new(layer, epsilon),
-            output: Linear::new(&[&layer.o]),
+            output: Linear::new(&[&layer.o], arena)?,
             ffn_norm: layer.ffn_norm.clone(),
-            gate_up: Linear::new(&[&layer.gate, &layer.up]),
-            down: Linear::new(&[&layer.down]),
-        }
+            gate_up: Linear::new(&[&layer.gate, &layer.up], arena)?,
+            down: Linear::new(&[&layer.down], arena)?,
+        })
     }
 }
 

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use super::arena::{Arena, OutOfMemory};
 use super::attention;
 use super::kernels::{Kernels, QUANT, QuantBlock, ROWS, TOKENS, Tile, wants_quantised};
 use super::pieces::Pieces;
@@ -189,15 +190,19 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Of weights of equal `cols`.
+    /// Of weights of equal `cols`, in memory of the arena.
+    ///
+    /// # Errors
+    /// If there is no such memory.
     ///
     /// # Panics
     /// If they have not: the caller has checked the model's shape.
-    pub fn new(weights: &[&Weight]) -> Self {
+    pub fn new(weights: &[&Weight], arena: &mut Arena) -> Result<Self, OutOfMemory> {
         let cols = weights[0].cols;
         let rows = weights.iter().map(|weight| weight.rows).sum();
         assert!(weights.iter().all(|weight| weight.cols == cols), "weights share their input");
-        Self { parts: weights.iter().map(|weight| Panels::new(weight)).collect(), rows, cols }
+        let parts = weights.iter().map(|weight| Panels::new(weight, arena));
+        Ok(Self { parts: parts.collect::<Result<_, _>>()?, rows, cols })
     }
 
     /// Outputs.

@@ -3,6 +3,7 @@
 //! Exact by construction: a sequence's logits and the bytes in the pool depend on its tokens and positions only, never
 //! on what runs beside it, on chunks, on the number of threads or on the tier of kernels.
 
+pub mod arena;
 pub mod attention;
 pub mod cache;
 pub mod check;
@@ -70,7 +71,10 @@ pub enum CpuError {
     /// The pool's shape.
     #[error("the pool cannot be: {0}")]
     Layout(#[from] InvalidLayout),
-    /// No such memory.
+    /// No such memory for the weights.
+    #[error(transparent)]
+    Weights(#[from] arena::OutOfMemory),
+    /// No such memory for the pool.
     #[error("cannot get {bytes} bytes for the pool")]
     Memory {
         /// Bytes wanted.

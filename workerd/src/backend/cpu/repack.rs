@@ -25,6 +25,7 @@ use std::array::from_fn;
 
 use half::{bf16, f16};
 
+use super::arena::{Arena, OutOfMemory, Piece};
 use super::kernels::{QUANT, ROWS};
 use crate::model::dequantize::{codes, six_bits};
 use crate::model::{Weight, WeightType};
@@ -88,27 +89,27 @@ pub struct Panels {
     pub rows: usize,
     /// Inputs.
     pub cols: usize,
-    bytes: Vec<u8>,
-    /// Where the first cache line of `bytes` begins.
-    start: usize,
+    bytes: Piece,
 }
 
 impl Panels {
-    /// Repacks a weight.
+    /// Repacks a weight into memory of the arena.
+    ///
+    /// # Errors
+    /// If there is no such memory.
     ///
     /// # Panics
     /// If it has fewer bytes than its shape says.
-    pub fn new(weight: &Weight) -> Self {
+    pub fn new(weight: &Weight, arena: &mut Arena) -> Result<Self, OutOfMemory> {
         let Weight { dtype, rows, cols, bytes: ref from } = *weight;
         let row_bytes = dtype.row_bytes(cols);
         let panel = panel_bytes(dtype, cols);
-        let mut bytes = vec![0; rows.div_ceil(ROWS) * panel + LINE];
-        let start = bytes.as_ptr().align_offset(LINE).min(LINE);
+        let mut bytes = arena.take(rows.div_ceil(ROWS) * panel)?;
         for (row, from) in from[..rows * row_bytes].chunks_exact(row_bytes).enumerate() {
-            let to = &mut bytes[start + row / ROWS * panel..][..panel];
+            let to = &mut bytes[row / ROWS * panel..][..panel];
             interleave(dtype, row % ROWS, from, to);
         }
-        Self { dtype, rows, cols, bytes, start }
+        Ok(Self { dtype, rows, cols, bytes })
     }
 
     /// Panels.
@@ -119,7 +120,7 @@ impl Panels {
     /// The bytes of some panels.
     pub fn bytes(&self, panels: std::ops::Range<usize>) -> &[u8] {
         let panel = panel_bytes(self.dtype, self.cols);
-        &self.bytes[self.start + panels.start * panel..self.start + panels.end * panel]
+        &self.bytes[panels.start * panel..panels.end * panel]
     }
 
     /// A row as numbers, into `out` (`cols` elements).
@@ -149,9 +150,6 @@ impl Panels {
         }
     }
 }
-
-/// Bytes of a cache line: vectors of a panel then rarely lie across two.
-const LINE: usize = 64;
 
 /// 32 columns of one row of a quantised panel.
 #[derive(Clone, Copy, Debug)]

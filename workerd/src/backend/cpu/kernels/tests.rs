@@ -2,6 +2,7 @@ use half::bf16;
 
 use super::attention::{ATTENTION_TILE, Running};
 use super::*;
+use crate::backend::cpu::arena::Arena;
 use crate::backend::cpu::repack::Panels;
 use crate::backend::cpu::tests::{Random, random_weight};
 use crate::model::{Weight, dequantize};
@@ -39,7 +40,7 @@ fn widths(dtype: WeightType) -> [usize; 3] {
 
 /// `[row][token]` of one kernel call.
 fn product(kernels: &Kernels, weight: &Weight, x: &[f32], tokens: usize) -> Vec<f32> {
-    let panels = Panels::new(weight);
+    let panels = Panels::new(weight, &mut Arena::default()).unwrap();
     let mut out = vec![f32::NAN; panels.count() * ROWS * tokens];
     let bytes = panels.bytes(0..panels.count());
     if wants_quantised(weight.dtype) {
@@ -188,7 +189,7 @@ fn rows_come_back_from_panels_as_they_were() {
     for dtype in WeightType::ALL {
         for cols in widths(dtype) {
             let weight = random_weight(&mut random, dtype, 20, cols, 1.0);
-            let panels = Panels::new(&weight);
+            let panels = Panels::new(&weight, &mut Arena::default()).unwrap();
             let mut row = vec![0.0; cols];
             for at in 0..20 {
                 panels.row(at, &mut row);
