@@ -41,6 +41,15 @@ pub type Attend = fn(
     out: &mut [f32],
 );
 
+/// Where rows of floats lie, for vector kernels.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rows {
+    /// The first one.
+    pub first: *const f32,
+    /// Elements from one to the next.
+    pub stride: usize,
+}
+
 /// One tier's kernels; head_dim is a multiple of 8.
 #[derive(Clone, Copy, Debug)]
 pub struct Attention {

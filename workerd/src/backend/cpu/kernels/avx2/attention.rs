@@ -8,8 +8,8 @@ use std::arch::x86_64::*;
 use std::array::from_fn;
 
 use super::super::LANES;
-use super::super::attention::{ATTENTION_TILE, Attention, Running};
-use super::{exp, largest, load, store, tree};
+use super::super::attention::{ATTENTION_TILE, Attention, Rows, Running};
+use super::{exps, largest, store, tree};
 
 /// Vectors of a tile's positions.
 const GROUPS: usize = ATTENTION_TILE / LANES;
@@ -83,34 +83,39 @@ fn attend(
     running: &mut [Running],
     out: &mut [f32],
 ) {
-    let count = running.len();
-    let head_dim = queries.len() / count;
-    assert!(queries.len() == count * head_dim && out.len() == queries.len());
+    let head_dim = queries.len() / running.len();
+    assert!(queries.len() == running.len() * head_dim && out.len() == queries.len());
     assert!(head_dim.is_multiple_of(LANES) && keys.len() == ATTENTION_TILE * head_dim);
     assert!(values.len() == keys.len() && (1..=ATTENTION_TILE).contains(&tokens));
-    let mut first = 0;
-    while first < count {
-        let size = match count - first {
+    let (mut queries, mut running, mut out) = (queries, running, out);
+    while !running.is_empty() {
+        let size = match running.len() {
             1 => 1,
             2 | 4 => 2,
             _ => 3,
         };
-        let part = first * head_dim..(first + size) * head_dim;
-        let (queries, out) = (&queries[part.clone()], &mut out[part]);
-        let running = &mut running[first..first + size];
-        match size {
-            1 => bundle::<1>(queries, keys, values, tokens, running, out),
-            2 => bundle::<2>(queries, keys, values, tokens, running, out),
-            _ => bundle::<3>(queries, keys, values, tokens, running, out),
+        let (some, queries_left) = queries.split_at(size * head_dim);
+        let (some_out, out_left) = out.split_at_mut(size * head_dim);
+        let (some_running, running_left) = running.split_at_mut(size);
+        // SAFETY: `size` queries, runnings and outputs of head_dim, whole tiles of keys and values.
+        unsafe {
+            match size {
+                1 => bundle::<1>(some, keys, values, tokens, some_running, some_out),
+                2 => bundle::<2>(some, keys, values, tokens, some_running, some_out),
+                _ => bundle::<3>(some, keys, values, tokens, some_running, some_out),
+            }
         }
-        first += size;
+        (queries, running, out) = (queries_left, running_left, out_left);
     }
 }
 
 /// `Q` queries.
+///
+/// # Safety
+/// There are `Q` queries, runnings and outputs, a whole tile of keys and of values, and 1 to 32 `tokens`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn bundle<const Q: usize>(
+unsafe fn bundle<const Q: usize>(
     queries: &[f32],
     keys: &[f32],
     values: &[f32],
@@ -119,84 +124,95 @@ fn bundle<const Q: usize>(
     out: &mut [f32],
 ) {
     let head_dim = queries.len() / Q;
-    let queries: [&[f32]; Q] = from_fn(|q| &queries[q * head_dim..(q + 1) * head_dim]);
-    let start = [[_mm256_setzero_ps(); GROUPS]; Q];
-    let mut scores = accumulate(queries, head_dim, keys, ATTENTION_TILE, start);
-    if tokens < ATTENTION_TILE {
-        for scores in &mut scores {
-            *scores = seen(*scores, tokens);
-        }
-    }
+    let queries = Rows { first: queries.as_ptr(), stride: head_dim };
+    let keys = Rows { first: keys.as_ptr(), stride: ATTENTION_TILE };
+    let zero = [[_mm256_setzero_ps(); GROUPS]; Q];
+    // SAFETY: `Q` queries of head_dim, and head_dim rows of keys of a tile's positions.
+    let scores = unsafe { accumulate(queries, head_dim, keys, zero) };
     let mut shares = [[0.0_f32; ATTENTION_TILE]; Q];
     let mut shrinks = [1.0_f32; Q];
     for q in 0..Q {
-        shrinks[q] = softmax(scores[q], &mut running[q], &mut shares[q]);
+        shrinks[q] = softmax(seen(scores[q], tokens), &mut running[q], &mut shares[q]);
     }
-    let shares: [&[f32]; Q] = from_fn(|q| &shares[q][..]);
-    let mut first = 0;
-    while first < head_dim {
-        let (values, out) = (&values[first..], &mut out[first..]);
-        first += match head_dim - first {
-            32.. => weigh::<Q, 4>(shares, shrinks, tokens, values, head_dim, out),
-            16.. => weigh::<Q, 2>(shares, shrinks, tokens, values, head_dim, out),
-            _ => weigh::<Q, 1>(shares, shrinks, tokens, values, head_dim, out),
+    let mut column = 0;
+    while column < head_dim {
+        let values = Rows { first: values[column..].as_ptr(), stride: head_dim };
+        let out = out[column..].as_mut_ptr();
+        // SAFETY: so many columns are left of `tokens` values and `Q` outputs.
+        column += unsafe {
+            match head_dim - column {
+                32.. => weigh::<Q, 4>(&shares, &shrinks, tokens, values, out),
+                16.. => weigh::<Q, 2>(&shares, &shrinks, tokens, values, out),
+                _ => weigh::<Q, 1>(&shares, &shrinks, tokens, values, out),
+            }
         };
     }
 }
 
-/// `V` vectors of the outputs `[query][head_dim]`: shrunk, then every token's value added. Gives their elements.
+/// `V` vectors of `Q` outputs: shrunk, then every token's value added. Gives their elements.
+///
+/// # Safety
+/// `tokens` (at most 32) `values` and `Q` outputs, as far apart as the values, have so many elements.
+#[expect(clippy::needless_range_loop, reason = "as iterators these loops are a tenth slower")]
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn weigh<const Q: usize, const V: usize>(
-    shares: [&[f32]; Q],
-    shrinks: [f32; Q],
+unsafe fn weigh<const Q: usize, const V: usize>(
+    shares: &[[f32; ATTENTION_TILE]; Q],
+    shrinks: &[f32; Q],
     tokens: usize,
-    values: &[f32],
-    head_dim: usize,
-    out: &mut [f32],
+    values: Rows,
+    out: *mut f32,
 ) -> usize {
     let mut sums = [[_mm256_setzero_ps(); V]; Q];
-    for (q, sums) in sums.iter_mut().enumerate() {
-        let out = &out[q * head_dim..].as_chunks::<LANES>().0[..V];
+    for q in 0..Q {
         let shrink = _mm256_set1_ps(shrinks[q]);
-        *sums = from_fn(|at| _mm256_mul_ps(load(&out[at]), shrink));
+        for at in 0..V {
+            // SAFETY: by the caller's promise.
+            let out = unsafe { _mm256_loadu_ps(out.add(q * values.stride + at * LANES)) };
+            sums[q][at] = _mm256_mul_ps(out, shrink);
+        }
     }
-    let sums = accumulate(shares, tokens, values, head_dim, sums);
-    for (q, sums) in sums.iter().enumerate() {
-        let out = &mut out[q * head_dim..].as_chunks_mut::<LANES>().0[..V];
-        for (out, sum) in out.iter_mut().zip(sums) {
-            store(out, *sum);
+    let shares = Rows { first: shares.as_ptr().cast(), stride: ATTENTION_TILE };
+    // SAFETY: `Q` rows of 32 shares; the values by the caller's promise.
+    let sums = unsafe { accumulate(shares, tokens, values, sums) };
+    for q in 0..Q {
+        for at in 0..V {
+            // SAFETY: by the caller's promise.
+            unsafe { _mm256_storeu_ps(out.add(q * values.stride + at * LANES), sums[q][at]) };
         }
     }
     V * LANES
 }
 
-/// `sums[q] + Σ factors[q][k] * rows[k]` for `k` below `count`, in order; `rows` are `V` vectors long, `stride` apart.
+/// `sums[q] + Σ factors[q][k] * rows[k]` for `k` below `count`, in order; `rows` are `V` vectors long.
+///
+/// # Safety
+/// There are `Q` rows of `count` factors and `count` rows of so many elements.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn accumulate<const Q: usize, const V: usize>(
-    factors: [&[f32]; Q],
+unsafe fn accumulate<const Q: usize, const V: usize>(
+    factors: Rows,
     count: usize,
-    rows: &[f32],
-    stride: usize,
+    rows: Rows,
     mut sums: [[__m256; V]; Q],
 ) -> [[__m256; V]; Q] {
-    assert!(count > 0 && factors.iter().all(|factors| factors.len() >= count));
-    assert!(rows.len() >= (count - 1) * stride + V * LANES);
-    let mut row = rows.as_ptr();
+    let mut row = rows.first;
     for k in 0..count {
-        // SAFETY: `k < count`, and each has as many.
-        let factors: [__m256; Q] =
-            factors.map(|factors| _mm256_set1_ps(unsafe { *factors.get_unchecked(k) }));
+        let mut broadcast = [_mm256_setzero_ps(); Q];
+        for (q, factor) in broadcast.iter_mut().enumerate() {
+            // SAFETY: factor `k` of `count` of row `q` of `Q`.
+            *factor = _mm256_set1_ps(unsafe { *factors.first.add(q * factors.stride).add(k) });
+        }
+        // All of a vector's products before the next is loaded: 12 sums, 3 factors and it are 16 registers.
         for at in 0..V {
-            // SAFETY: `V` vectors from `k * stride` on, `k < count`, lie in `rows` by the assertion.
+            // SAFETY: row `k` of `count`.
             let vector = unsafe { _mm256_loadu_ps(row.add(at * LANES)) };
-            for (sums, factor) in sums.iter_mut().zip(factors) {
+            for (sums, factor) in sums.iter_mut().zip(broadcast) {
                 sums[at] = _mm256_fmadd_ps(factor, vector, sums[at]);
             }
         }
         // Not an index: its checks would keep the sums out of the registers.
-        row = row.wrapping_add(stride);
+        row = row.wrapping_add(rows.stride);
     }
     sums
 }
@@ -205,13 +221,17 @@ fn accumulate<const Q: usize, const V: usize>(
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn seen(scores: [__m256; GROUPS], tokens: usize) -> [__m256; GROUPS] {
+    if tokens == ATTENTION_TILE {
+        return scores;
+    }
     let numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    let tokens = i32::try_from(tokens).expect("at most 32");
-    from_fn(|group| {
-        let left = _mm256_set1_epi32(tokens - (group * LANES) as i32);
+    let mut masked = scores;
+    for (group, score) in masked.iter_mut().enumerate() {
+        let left = _mm256_set1_epi32(tokens as i32 - (group * LANES) as i32);
         let is_seen = _mm256_castsi256_ps(_mm256_cmpgt_epi32(left, numbers));
-        _mm256_blendv_ps(_mm256_set1_ps(f32::NEG_INFINITY), scores[group], is_seen)
-    })
+        *score = _mm256_blendv_ps(_mm256_set1_ps(f32::NEG_INFINITY), *score, is_seen);
+    }
+    masked
 }
 
 /// Writes a tile's shares; gives by what earlier ones shrink.
@@ -223,19 +243,25 @@ fn softmax(
     shares: &mut [f32; ATTENTION_TILE],
 ) -> f32 {
     let [a, b, c, d] = scores;
-    let tile_max = largest(_mm256_max_ps(_mm256_max_ps(a, b), _mm256_max_ps(c, d)));
-    let max = if tile_max > running.max { tile_max } else { running.max };
-    let shrink = match max == running.max {
-        true => 1.0,
-        false => _mm256_cvtss_f32(exp(_mm256_set1_ps(running.max - max))),
-    };
-    let [a, b, c, d] = scores.map(|score| exp(_mm256_sub_ps(score, _mm256_set1_ps(max))));
+    let largest = largest(_mm256_max_ps(_mm256_max_ps(a, b), _mm256_max_ps(c, d)));
+    let mut shrink = 1.0;
+    if largest > running.max {
+        let [factor] = exps([_mm256_set1_ps(running.max - largest)]);
+        shrink = _mm256_cvtss_f32(factor);
+        running.max = largest;
+    }
+    let max = _mm256_set1_ps(running.max);
+    let mut x = scores;
+    for x in &mut x {
+        *x = _mm256_sub_ps(*x, max);
+    }
+    let [a, b, c, d] = exps(x);
     let (vectors, _) = shares.as_chunks_mut::<LANES>();
     for (vector, share) in vectors.iter_mut().zip([a, b, c, d]) {
         store(vector, share);
     }
     let sum = tree(_mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d)));
-    *running = Running { max, sum: running.sum.mul_add(shrink, sum) };
+    running.sum = running.sum.mul_add(shrink, sum);
     shrink
 }
 

@@ -1,6 +1,7 @@
-//! The table for CPUs with AVX-512 and its dot products of bytes (VNNI). What is not a matrix product is AVX2's.
+//! The table for CPUs with AVX-512 and its dot products of bytes (VNNI). What is neither a matrix product nor attention is AVX2's.
 #![expect(unsafe_code, reason = "functions for a CPU that was checked to have the instructions")]
 
+mod attention;
 mod float;
 mod quantised;
 
@@ -29,6 +30,7 @@ static TABLE: Kernels = Kernels {
     float: |dtype, panels, tile, tokens, out| unsafe {
         float::product(dtype, panels, tile, tokens, out)
     },
+    attention: attention::TABLE,
     ..avx2::TABLE
 };
 
