@@ -20,6 +20,7 @@ use baton_workerd::engine::sampling::SamplingParams;
 use baton_workerd::engine::step::{Input, Slot, SlotOpen, StepOut, StepPlan, StepSeq};
 use baton_workerd::model;
 use clap::{Parser, ValueEnum};
+use rustix::time::{ClockId, clock_gettime};
 
 const BLOCK_TOKENS: u32 = 32;
 const MODEL: &str =
@@ -199,15 +200,15 @@ impl Driver {
         self.sequences = row.sequences();
         match row {
             Row::Prefill { tokens } => {
-                let start = (Instant::now(), cpu_seconds()?);
+                let start = (Instant::now(), cpu_seconds());
                 self.prefill(0, tokens)?;
-                Speed::since(start, tokens)
+                Ok(Speed::since(start, tokens))
             }
             Row::Decode { sequences, context } => {
                 for slot in 0..sequences {
                     self.prefill(slot, context)?;
                 }
-                let start = (Instant::now(), cpu_seconds()?);
+                let start = (Instant::now(), cpu_seconds());
                 for step in 0..self.steps {
                     self.plan.clear();
                     for slot in 0..sequences {
@@ -215,7 +216,7 @@ impl Driver {
                     }
                     self.step()?;
                 }
-                Speed::since(start, sequences * self.steps)
+                Ok(Speed::since(start, sequences * self.steps))
             }
         }
     }
@@ -257,9 +258,9 @@ impl Driver {
 }
 
 impl Speed {
-    fn since((start, cpu): (Instant, f64), tokens: u32) -> Result<Self> {
+    fn since((start, cpu): (Instant, f64), tokens: u32) -> Self {
         let seconds = start.elapsed().as_secs_f64();
-        Ok(Self { tokens, seconds, cpu_seconds: cpu_seconds()? - cpu })
+        Self { tokens, seconds, cpu_seconds: cpu_seconds() - cpu }
     }
 
     fn rate(&self) -> f64 {
@@ -346,15 +347,10 @@ impl Beside {
     }
 }
 
-/// CPU time that the threads of this process have had.
-fn cpu_seconds() -> Result<f64> {
-    let mut nanoseconds = 0_u64;
-    for task in std::fs::read_dir("/proc/self/task")? {
-        let text = std::fs::read_to_string(task?.path().join("schedstat"))?;
-        let first = text.split_whitespace().next().context("an empty schedstat")?;
-        nanoseconds += first.parse::<u64>()?;
-    }
-    Ok(nanoseconds as f64 * 1e-9)
+/// CPU time of this process.
+fn cpu_seconds() -> f64 {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
 }
 
 /// What this process has in memory, and had at most.
