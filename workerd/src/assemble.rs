@@ -25,6 +25,7 @@ use crate::handover::nixl::{AgentRole, NixlLibrary, NixlSettings, NixlTransport,
 use crate::kv::region::{EpochPage, KvRegion};
 use crate::metrics::Metrics;
 use crate::model::hub::{self, HubSettings, ModelId};
+use crate::model::narrowed::{CpuWeights, Narrowed};
 use crate::model::{self, ModelError, ModelFiles, ModelSpec, Source};
 use crate::text::model::ModelTexts;
 
@@ -210,7 +211,7 @@ fn fingerprint_of(
     };
     let revision = match &config.model_revision {
         Some(revision) => Revision::Configured(revision),
-        None => Revision::Content(files.content_hash()?),
+        None => Revision::Content(cpu_weights(config).content_hash(files.content_hash()?)),
     };
     Ok(fingerprint(&architecture, texts.hash(), KvDtype::Bf16, revision))
 }
@@ -241,7 +242,11 @@ fn cpu_backend(config: &WorkerConfig, files: &mut ModelFiles) -> Result<CpuBacke
         block_tokens,
         simd: Simd::Auto,
     };
-    Ok(CpuBackend::load(files, &options)?)
+    Ok(CpuBackend::load(&mut Narrowed::new(files, cpu_weights(config)), &options)?)
+}
+
+fn cpu_weights(config: &WorkerConfig) -> CpuWeights {
+    config.engine.cpu_weights.parse().expect("the configuration was checked")
 }
 
 /// Tokens of a step on the CPU at most, where time allows so many.

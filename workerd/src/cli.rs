@@ -46,6 +46,9 @@ pub struct Args {
     /// CPU threads; 0 = as many as there are cores
     #[arg(long)]
     pub threads: Option<u32>,
+    /// How weights are kept on the CPU: as-is, q8_0 or q4_1 (made smaller at load)
+    #[arg(long, value_name = "TYPE", alias = "cpu_weights")]
+    pub cpu_weights: Option<String>,
     /// Size of the KV pool on the CPU, as in `512MiB`
     #[arg(long, value_name = "SIZE", alias = "kv_pool")]
     pub kv_pool: Option<Bytes>,
@@ -153,6 +156,7 @@ impl Args {
             config: _,
             served_model_name,
             threads,
+            cpu_weights,
             kv_pool,
             log_level,
             check: _,
@@ -172,6 +176,7 @@ impl Args {
             config.served_model_names = served_model_name;
         }
         set(&mut config.engine.threads, threads);
+        set(&mut config.engine.cpu_weights, cpu_weights);
         set(&mut config.kv.pool, kv_pool);
         set(&mut config.log.level, log_level);
         set(&mut config.engine.tensor_parallel_size, tp_size);

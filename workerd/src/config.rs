@@ -77,7 +77,7 @@ pub struct EngineSection {
     pub max_batch_tokens: u32,
     /// Longest sequence; 0 = the model's own.
     pub max_model_len: u32,
-    /// `as-is`, `q8_0` or `q4_1`.
+    /// `as-is`, `q8_0` or `q4_1`: how weights are kept at most.
     pub cpu_weights: String,
     /// Ranks that share each layer.
     pub tensor_parallel_size: u32,

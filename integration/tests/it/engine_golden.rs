@@ -14,6 +14,7 @@ use baton_workerd::backend::cpu::{CpuBackend, CpuOptions, Simd};
 use baton_workerd::engine::sampling::SamplingParams;
 use baton_workerd::engine::step::{Input, Slot, SlotOpen, StepOut, StepPlan, StepSeq};
 use baton_workerd::model;
+use baton_workerd::model::narrowed::{CpuWeights, Narrowed};
 use half::bf16;
 
 use crate::golden::{golden, quantile};
@@ -29,6 +30,11 @@ pub struct Engine {
 
 impl Engine {
     pub fn new(path: &Path, simd: Simd) -> Self {
+        Self::kept(path, CpuWeights::AsIs, simd)
+    }
+
+    /// With weights no wider than that.
+    fn kept(path: &Path, weights: CpuWeights, simd: Simd) -> Self {
         let options = CpuOptions {
             threads: 2,
             max_sequences: 1,
@@ -37,7 +43,9 @@ impl Engine {
             block_tokens: BLOCK_TOKENS,
             simd,
         };
-        Self { backend: CpuBackend::new(&model::load(path).unwrap(), &options).unwrap(), len: 0 }
+        let mut files = model::open(path).unwrap();
+        let mut source = Narrowed::new(&mut files, weights);
+        Self { backend: CpuBackend::load(&mut source, &options).unwrap(), len: 0 }
     }
 
     /// Begins a text: natural-log probabilities of what follows `ids`, `[vocab]`.
@@ -113,7 +121,22 @@ fn assert_equal_over_the_same_cache(engine: &mut Engine, oracle: &Oracle, ids: &
 
 #[test]
 fn int8_activations_move_the_demo_models_log_probabilities_little() {
-    let mut engine = Engine::new(&demo_model().unwrap(), Simd::Auto);
+    let [median, high, largest] =
+        off_the_recorded(&mut Engine::new(&demo_model().unwrap(), Simd::Auto));
+    println!("median {median}, 95th percentile {high}, largest {largest}");
+}
+
+#[test]
+fn so_do_bf16_weights_that_are_kept_in_8_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    dequantise_gguf(&demo_model().unwrap(), folder.path()).unwrap();
+    let mut engine = Engine::kept(folder.path(), CpuWeights::Q8_0, Simd::Auto);
+    let [median, high, largest] = off_the_recorded(&mut engine);
+    println!("median {median}, 95th percentile {high}, largest {largest}");
+}
+
+/// How far the five most probable ids' log-probabilities are off: the median, 95 of a hundred, the most.
+fn off_the_recorded(engine: &mut Engine) -> [f32; 3] {
     let mut all = Vec::new();
     for case in golden().cases {
         let got = engine.begin(&case.ids);
@@ -121,8 +144,8 @@ fn int8_activations_move_the_demo_models_log_probabilities_little() {
         all.extend(top.iter().map(|(id, expected)| (got[*id as usize] - expected).abs()));
     }
     let [median, high, largest] = [0.5, 0.95, 1.0].map(|part| quantile(&mut all, part));
-    println!("median {median}, 95th percentile {high}, largest {largest}");
     assert!(median <= 0.1 && high <= 0.35, "{median} {high} {largest}");
+    [median, high, largest]
 }
 
 #[test]

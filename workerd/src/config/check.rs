@@ -8,6 +8,7 @@ use baton_shared::telemetry;
 use super::{
     EngineSection, HandoverSection, KvSection, LogSection, NixlSection, ServerSection, WorkerConfig,
 };
+use crate::model::narrowed::CpuWeights;
 
 impl WorkerConfig {
     /// What types cannot say.
@@ -82,15 +83,9 @@ impl EngineSection {
                 return Err(broken("engine.device", Some(other.into()), rule));
             }
         }
-        match self.cpu_weights.as_str() {
-            "as-is" => {}
-            other @ ("q8_0" | "q4_1") => {
-                return Err(not_yet("engine.cpu_weights", other, "use `as-is`"));
-            }
-            other => {
-                let rule = "must be `as-is`, `q8_0` or `q4_1`";
-                return Err(broken("engine.cpu_weights", Some(other.into()), rule));
-            }
+        if let Err(rule) = self.cpu_weights.parse::<CpuWeights>() {
+            let value = Some(self.cpu_weights.clone());
+            return Err(broken("engine.cpu_weights", value, &rule.to_string()));
         }
         one("engine.tensor_parallel_size", self.tensor_parallel_size)?;
         one("engine.pipeline_parallel_size", self.pipeline_parallel_size)?;
@@ -302,7 +297,6 @@ mod tests {
         for (text, key) in [
             ("[engine]\ntensor_parallel_size = 2", "engine.tensor_parallel_size"),
             ("[engine]\npipeline_parallel_size = 2", "engine.pipeline_parallel_size"),
-            ("[engine]\ncpu_weights = \"q8_0\"", "engine.cpu_weights"),
             ("[engine]\ndevice = \"cuda:0\"", "engine.device"),
             ("[kv]\nblock_tokens = 64", "kv.block_tokens"),
             ("[kv]\nfree_gpu_memory_fraction = 0.9", "kv.free_gpu_memory_fraction"),
@@ -322,6 +316,7 @@ mod tests {
             ("served_model_names = [\"\"]", "served_model_names"),
             ("[engine]\ndevice = \"tpu\"", "engine.device"),
             ("[engine]\nmax_sequences = 0", "engine.max_sequences"),
+            ("[engine]\ncpu_weights = \"q4_0\"", "engine.cpu_weights"),
             ("[kv]\nmax_leased_fraction = 1.5", "kv.max_leased_fraction"),
             ("[kv]\nevent_buffer = 2000000", "kv.event_buffer"),
             ("[handover]\nbackend = \"MPI\"", "handover.backend"),

@@ -51,6 +51,16 @@ pub enum ModelError {
         /// What is found and what is allowed; offsets are bytes from the start of the file.
         rule: String,
     },
+    /// `engine.cpu_weights` wants weights narrower than they can be.
+    #[error("`engine.cpu_weights`: {matrix} cannot be kept as {dtype}: {rule}")]
+    Narrow {
+        /// Which matrix.
+        matrix: String,
+        /// Type wanted.
+        dtype: &'static str,
+        /// Why not.
+        rule: &'static str,
+    },
 }
 
 impl ModelError {

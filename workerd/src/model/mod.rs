@@ -1,7 +1,8 @@
 //! A model on disk: what shape it has ([`spec`]), and its tensors, loaded into one form.
 //!
 //! [`open()`] is the way in. [`gguf`], and [`config_json`] with [`safetensors`], read one format each into a
-//! [`ModelSpec`] and a table of [`tensors`]; [`dequantize`](dequantize()) says what stored bytes mean.
+//! [`ModelSpec`] and a table of [`tensors`]; [`dequantize`](dequantize()) says what stored bytes mean, and [`narrowed`]
+//! makes weights smaller.
 
 pub mod architecture;
 pub mod config_json;
@@ -11,6 +12,8 @@ pub mod gguf;
 pub mod hub;
 pub mod load;
 mod members;
+pub mod narrowed;
+pub mod parallel;
 pub mod progress;
 pub mod rope;
 pub mod safetensors;

@@ -7,6 +7,7 @@ use ::safetensors::tensor::{TensorView, serialize};
 use half::f16;
 use serde_json::{Value, json};
 
+use super::narrowed::{CpuWeights, Narrowed};
 use super::*;
 
 mod architectures;
@@ -108,6 +109,27 @@ fn a_folder_loads_with_every_number_and_row_in_place() {
     assert_eq!((q.rows, q.cols, q.dtype), (32, 32, WeightType::F32));
     assert_eq!(dequantize(q, 3)[..2], [96.0, 97.0]);
     assert_eq!(model.head.unwrap().rows, VOCAB);
+}
+
+#[test]
+fn a_model_made_smaller_is_another_model_whose_embedding_and_head_keep_8_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(folder.path(), &config());
+    let mut model = &load(folder.path()).unwrap();
+    let mut types = |wanted| {
+        let mut narrowed = Narrowed::new(&mut model, wanted);
+        let (embedding, head) = (narrowed.embedding().unwrap(), narrowed.head().unwrap().unwrap());
+        let layer = narrowed.layer(1).unwrap();
+        [embedding.dtype, head.dtype, layer.q.dtype, layer.down.dtype]
+    };
+    let (wide, eight, four) = (WeightType::F32, WeightType::Q8_0, WeightType::Q4_1);
+    assert_eq!(types(CpuWeights::AsIs), [wide; 4]);
+    assert_eq!(types(CpuWeights::Q8_0), [eight; 4]);
+    assert_eq!(types(CpuWeights::Q4_1), [eight, eight, four, four]);
+    let all = [CpuWeights::AsIs, CpuWeights::Q8_0, CpuWeights::Q4_1];
+    let [same, other, another] = all.map(|kept| kept.content_hash(model.content_hash));
+    assert_eq!(same, model.content_hash);
+    assert!(same != other && same != another && other != another);
 }
 
 #[test]

@@ -28,6 +28,7 @@ use half::{bf16, f16};
 use super::arena::{Arena, OutOfMemory, Piece};
 use super::kernels::{QUANT, ROWS};
 use crate::model::dequantize::{codes, six_bits};
+use crate::model::parallel::each_row;
 use crate::model::{Weight, WeightType};
 
 /// Bytes of the parts of a quantised panel.
@@ -105,10 +106,11 @@ impl Panels {
         let row_bytes = dtype.row_bytes(cols);
         let panel = panel_bytes(dtype, cols);
         let mut bytes = arena.take(rows.div_ceil(ROWS) * panel)?;
-        for (row, from) in from[..rows * row_bytes].chunks_exact(row_bytes).enumerate() {
-            let to = &mut bytes[row / ROWS * panel..][..panel];
-            interleave(dtype, row % ROWS, from, to);
-        }
+        let from = &from[..rows * row_bytes];
+        each_row(&mut bytes, panel, |panel, to| {
+            let rows = from.chunks_exact(row_bytes).skip(panel * ROWS).take(ROWS);
+            rows.enumerate().for_each(|(lane, from)| interleave(dtype, lane, from, to));
+        });
         Ok(Self { dtype, rows, cols, bytes })
     }
 
