@@ -10,6 +10,9 @@ pub mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub mod avx512;
 pub mod scalar;
+mod self_test;
+
+use std::sync::OnceLock;
 
 use crate::model::WeightType;
 
@@ -92,9 +95,20 @@ impl Kernels {
         Self::tiers().into_iter().find(|tier| tier.name == name)
     }
 
-    /// The best table for this CPU.
+    /// The best table that this CPU can run and that gives the scalar table's bits.
     pub fn detect() -> &'static Self {
-        Self::tiers().pop().unwrap_or(&scalar::TABLE)
+        static BEST: OnceLock<&Kernels> = OnceLock::new();
+        BEST.get_or_init(|| {
+            let good = |tier: &&Self| {
+                let agrees = self_test::agrees(tier);
+                if !agrees {
+                    let name = tier.name;
+                    tracing::error!(name, "kernels compute wrongly on this CPU, not used");
+                }
+                agrees
+            };
+            Self::tiers().into_iter().rev().find(good).unwrap_or(&scalar::TABLE)
+        })
     }
 
     /// The product for a weight's type.

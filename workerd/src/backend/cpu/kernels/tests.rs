@@ -184,6 +184,30 @@ fn extreme_quantised_weights_and_activations_do_not_overflow() {
 }
 
 #[test]
+fn a_tier_that_computes_otherwise_fails_its_self_test() {
+    assert!(tiers().into_iter().all(self_test::agrees));
+    let broken = Kernels {
+        name: "broken",
+        swiglu: |gate, up, out| {
+            (scalar::TABLE.swiglu)(gate, up, out);
+            out[0] = f32::from_bits(out[0].to_bits() ^ 1);
+        },
+        ..scalar::TABLE
+    };
+    assert!(!self_test::agrees(&broken));
+    let broken = Kernels {
+        quantised: |dtype, panels, tile, tokens, out| {
+            (scalar::TABLE.quantised)(dtype, panels, tile, tokens, out);
+            if dtype == WeightType::Q5K && tokens > 1 {
+                out[20] = f32::from_bits(out[20].to_bits() ^ 1);
+            }
+        },
+        ..scalar::TABLE
+    };
+    assert!(!self_test::agrees(&broken));
+}
+
+#[test]
 fn rows_come_back_from_panels_as_they_were() {
     let mut random = fresh("rows");
     for dtype in WeightType::ALL {
@@ -210,6 +234,8 @@ fn vector_kernels_give_the_same_bits_on_every_tier() {
             (kernels.rms_norm)(&x, &y, 1e-5, &mut norm);
             let wide: Vec<f32> = x.iter().map(|x| x * 40.0).collect();
             (kernels.swiglu)(&wide, &y, &mut gated);
+            // Lengths are a multiple of 8, no more.
+            (kernels.swiglu)(&wide[8..], &y[8..], &mut gated[..len - 8]);
             let mut blocks = vec![QuantBlock::default(); len / QUANT * 3];
             (kernels.quantise)(&x, &mut blocks, 3);
             (bits(&norm), bits(&gated), blocks)

@@ -42,18 +42,6 @@ pub(super) const TABLE: Kernels = Kernels {
     attention: attention::TABLE,
 };
 
-/// How far ahead of its use a block is asked for, bytes: one page, where the CPU's own prefetching ends.
-const AHEAD: usize = 4096;
-
-/// Asks for what lies a page behind a block.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn prefetch(block: &[u8]) {
-    for at in (0..block.len()).step_by(64) {
-        _mm_prefetch::<_MM_HINT_T0>(block.as_ptr().wrapping_add(AHEAD + at).cast());
-    }
-}
-
 /// `N` bytes from `at` on.
 #[inline]
 pub(super) fn bytes<const N: usize>(from: &[u8], at: usize) -> &[u8; N] {

@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 use std::array::from_fn;
 
 use super::super::{LANES, QUANT, QuantBlock, ROWS, SMALLEST_MAX, TOKENS};
-use super::{bytes, largest, load, prefetch, store};
+use super::{bytes, largest, load, store};
 use crate::backend::cpu::repack::Group;
 use crate::model::WeightType;
 
@@ -58,7 +58,6 @@ fn product_of<const TYPE: usize>(
             let (head, blocks) = bytes.split_at(group.head);
             let blocks = blocks.chunks_exact(group.block()).zip(tile.chunks_exact(tokens));
             for (within, (block, tile)) in blocks.enumerate() {
-                prefetch(block);
                 for half in 0..2 {
                     let weights = Weights::read::<TYPE>(head, within, block, half);
                     let (several, rest) = tile.as_chunks::<ABREAST>();

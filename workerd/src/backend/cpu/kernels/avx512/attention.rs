@@ -5,8 +5,7 @@ use std::arch::x86_64::*;
 
 use super::super::attention::{ATTENTION_TILE, Attention, Rows, Running};
 use super::super::avx2;
-use super::super::exponential::{HIGH, LOG2_E, LOW, MINUS_LN2_HIGH, MINUS_LN2_LOW, POLYNOMIAL};
-use super::store;
+use super::{exps, load, store};
 
 /// Floats of a vector.
 const WIDTH: usize = 16;
@@ -249,51 +248,10 @@ fn exponentials<const Q: usize>(
     }
 }
 
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn load(from: &[f32; WIDTH]) -> __m512 {
-    // SAFETY: 64 readable bytes.
-    unsafe { _mm512_loadu_ps(from.as_ptr()) }
-}
-
 /// The lower and the upper half.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn halves(x: __m512) -> (__m256, __m256) {
     let upper = _mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x));
     (_mm512_castps512_ps256(x), _mm256_castpd_ps(upper))
-}
-
-/// As `scalar::exp`; step by step for all, as each step waits for the one before.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn exps<const N: usize>(x: [__m512; N]) -> [__m512; N] {
-    let [first, rest @ ..] = POLYNOMIAL;
-    let (mut n, mut r, mut p) = (x, x, [_mm512_set1_ps(first); N]);
-    for i in 0..N {
-        r[i] = _mm512_min_ps(x[i], _mm512_set1_ps(HIGH));
-        n[i] = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(
-            _mm512_mul_ps(r[i], _mm512_set1_ps(LOG2_E)),
-        );
-    }
-    for minus_ln2 in [MINUS_LN2_HIGH, MINUS_LN2_LOW] {
-        for i in 0..N {
-            r[i] = _mm512_fmadd_ps(n[i], _mm512_set1_ps(minus_ln2), r[i]);
-        }
-    }
-    for c in rest {
-        for i in 0..N {
-            p[i] = _mm512_fmadd_ps(p[i], r[i], _mm512_set1_ps(c));
-        }
-    }
-    for i in 0..N {
-        p[i] = _mm512_fmadd_ps(p[i], _mm512_mul_ps(r[i], r[i]), r[i]);
-    }
-    for i in 0..N {
-        let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n[i]), _mm512_set1_epi32(127));
-        let scale = _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent));
-        let not_low = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x[i], _mm512_set1_ps(LOW));
-        p[i] = _mm512_maskz_mul_ps(not_low, _mm512_add_ps(p[i], _mm512_set1_ps(1.0)), scale);
-    }
-    p
 }

@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 use std::array::from_fn;
 
-use super::super::avx2::{bytes, prefetch};
+use super::super::avx2::bytes;
 use super::super::{QuantBlock, ROWS, TOKENS};
 use super::{f16s, store};
 use crate::backend::cpu::repack::Group;
@@ -75,7 +75,6 @@ fn add_panel<const TYPE: usize>(panel: &[u8], tile: &[QuantBlock], sums: &mut [_
         let (head, blocks) = bytes.split_at(group.head);
         let blocks = blocks.chunks_exact(group.block()).zip(tile.chunks_exact(tokens));
         for (within, (block, tile)) in blocks.enumerate() {
-            prefetch(block);
             let weights = Weights::read::<TYPE>(head, within, block);
             for (x, sum) in tile.iter().zip(&mut *sums) {
                 *sum = weights.multiply::<TYPE>(x, *sum);
