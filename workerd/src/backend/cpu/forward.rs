@@ -85,6 +85,15 @@ impl Weights {
     pub fn vocab(&self) -> usize {
         self.vocab
     }
+
+    fn head(&self) -> &Linear {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// The first weights applied in block `index`, or behind the last block.
+    fn entry(&self, index: usize) -> &Linear {
+        self.blocks.get(index).map_or(self.head(), |block| &block.qkv)
+    }
 }
 
 impl Block {
@@ -184,7 +193,7 @@ impl Workspace {
         for (layer, block) in (0..).zip(&weights.blocks) {
             let cache = Cache { pool, layer, tables };
             self.attention(team, weights, block, &batch.places, cache);
-            self.feed_forward(team, weights, block);
+            self.feed_forward(team, weights, block, weights.entry(layer as usize + 1));
         }
         self.logits(team, weights, &batch.sampled)
     }
@@ -209,7 +218,7 @@ impl Workspace {
         self.normalise(team, weights, &block.attention_norm, &block.qkv, !first);
         let Self { tiling, activations, delta, qkv, attended, parts, .. } = self;
         let heads = weights.heads;
-        block.qkv.apply(team, tiling, activations, qkv);
+        block.qkv.apply(team, tiling, activations, qkv, &block.output);
         block.switches.apply(team, heads, &mut qkv[..tiling.rows() * heads.row()]);
         let layer = attention::Layer { heads, places, cache, qkv };
         layer.attend(team, parts, attended);
@@ -218,13 +227,13 @@ impl Workspace {
         activations.fill(team, tiling, want, beside, |(), _, row, out| {
             layer.gather(row, parts, attended, out);
         });
-        block.output.apply(team, tiling, activations, delta);
+        block.output.apply(team, tiling, activations, delta, &block.gate_up);
     }
 
-    fn feed_forward(&mut self, team: &mut Team, weights: &Weights, block: &Block) {
+    fn feed_forward(&mut self, team: &mut Team, weights: &Weights, block: &Block, next: &Linear) {
         self.normalise(team, weights, &block.ffn_norm, &block.gate_up, true);
         let Self { tiling, activations, delta, gate_up, .. } = self;
-        block.gate_up.apply(team, tiling, activations, gate_up);
+        block.gate_up.apply(team, tiling, activations, gate_up, &block.down);
         let kernels = team.kernels;
         let want = (block.down.forms(), weights.ffn);
         let beside = Count(tiling.run_ends().len());
@@ -233,7 +242,7 @@ impl Workspace {
                 gate_up[row * 2 * weights.ffn..][..2 * weights.ffn].split_at(weights.ffn);
             (kernels.swiglu)(gate, up, out);
         });
-        block.down.apply(team, tiling, activations, delta);
+        block.down.apply(team, tiling, activations, delta, next);
     }
 
     /// Adds `delta` to the stream (if `add`) and makes its norm the input of `next`.
@@ -263,7 +272,7 @@ impl Workspace {
         let Self { sampled_tiling: tiling, activations, stream, delta, last, logits, .. } = self;
         let hidden = weights.hidden;
         let kernels = team.kernels;
-        let head = weights.head.as_ref().unwrap_or(&weights.embedding);
+        let head = weights.head();
         tiling.set(sampled.len());
         grow(logits, sampled.len() * weights.vocab);
         let want = (head.forms(), hidden);
@@ -277,7 +286,7 @@ impl Workspace {
             add_to(last, &delta[row]);
             (kernels.rms_norm)(last, &weights.final_norm, weights.epsilon, out);
         });
-        head.apply(team, tiling, activations, logits);
+        head.apply(team, tiling, activations, logits, weights.entry(0));
         &mut logits[..sampled.len() * weights.vocab]
     }
 }

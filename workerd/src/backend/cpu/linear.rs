@@ -236,21 +236,50 @@ impl Linear {
         panic!("a row of the weights");
     }
 
-    /// `out[row][output]` for all rows of the tiling.
+    /// Panels of a piece of [`Linear::apply`]: few enough that the threads end together, so many that taking one costs
+    /// nothing.
+    fn run(&self, threads: &Threads) -> usize {
+        (self.rows.div_ceil(ROWS) / (threads.count() * 4)).clamp(1, LONGEST_RUN)
+    }
+
+    /// Has threads that wait fetch what they will read first of these weights.
+    fn fetch_ahead(&self, threads: &Threads) {
+        let share = self.rows / ROWS / threads.count() * ROWS;
+        for thread in 0..threads.count() {
+            let mut row = thread * share;
+            for part in &self.parts {
+                if row < part.rows {
+                    let panel = row / ROWS;
+                    let end = part.count().min(panel + self.run(threads));
+                    threads.fetch_ahead(thread, part.bytes(panel..end));
+                    break;
+                }
+                row -= part.rows;
+            }
+        }
+    }
+
+    /// `out[row][output]` for all rows of the tiling; `next` are the weights that will be applied then.
     pub fn apply(
         &self,
         team: &mut Team,
         tiling: &Tiling,
         activations: &Activations,
         out: &mut [f32],
+        next: &Linear,
     ) {
-        let panels = self.rows.div_ceil(ROWS);
-        // Runs are short enough that the threads end together, long enough that taking one costs nothing.
-        let run = (panels / (team.threads.count() * 4)).clamp(1, LONGEST_RUN);
+        let run = self.run(&team.threads);
+        next.fetch_ahead(&team.threads);
         let kernels = team.kernels;
         let rows = 0..tiling.rows();
         let out = &mut out[..self.rows * rows.end];
-        let grid = Grid::tapered(out, self.rows, std::slice::from_ref(&rows), (ROWS, run));
+        let grid = Grid::tapered(
+            out,
+            self.rows,
+            std::slice::from_ref(&rows),
+            (ROWS, run),
+            team.threads.count(),
+        );
         team.each(grid, |scratch, _, mut rectangle| {
             let columns = rectangle.columns();
             let mut first = 0;
@@ -263,7 +292,14 @@ impl Linear {
                 let left = first - part.rows + wanted.start - columns.start;
                 // Where parts do not end with whole panels, a panel may be computed for two runs.
                 let panels = wanted.start / ROWS..wanted.end.div_ceil(ROWS);
+                let whole = wanted == (panels.start * ROWS..panels.end * ROWS);
                 for rows in tiling.tiles() {
+                    if whole && rows.len() == 1 {
+                        let out = &mut rectangle.row(rows.start)[left..left + wanted.len()];
+                        let tile = activations.tile(part.dtype, &rows);
+                        kernels.product(part.dtype, part.bytes(panels.clone()), tile, 1, out);
+                        continue;
+                    }
                     let size = rows.len() * ROWS;
                     grow(&mut scratch.product, panels.len() * size);
                     let product = &mut scratch.product[..panels.len() * size];
@@ -272,11 +308,18 @@ impl Linear {
                     kernels.product(part.dtype, bytes, tile, rows.len(), product);
                     for (at, row) in rows.enumerate() {
                         let out = &mut rectangle.row(row)[left..left + wanted.len()];
-                        for (panel, product) in panels.clone().zip(product.chunks_exact(size)) {
+                        let products = product.chunks_exact(size);
+                        let products = products.map(|panel| &panel.as_chunks::<ROWS>().0[at]);
+                        if whole {
+                            // Copies of a length known beforehand are no calls.
+                            let outs = out.as_chunks_mut::<ROWS>().0.iter_mut();
+                            outs.zip(products).for_each(|(out, product)| *out = *product);
+                            continue;
+                        }
+                        for (panel, product) in panels.clone().zip(products) {
                             let lanes = overlap(&wanted, panel * ROWS..(panel + 1) * ROWS);
                             let to = panel * ROWS + lanes.start - wanted.start;
-                            out[to..to + lanes.len()]
-                                .copy_from_slice(&product[at * ROWS..][..ROWS][lanes]);
+                            out[to..to + lanes.len()].copy_from_slice(&product[lanes]);
                         }
                     }
                 }

@@ -16,6 +16,12 @@ pub unsafe trait Pieces: Sync {
     /// Pieces there are.
     fn count(&self) -> usize;
 
+    /// Where the pieces end that `thread` of `threads` begins with, so that it goes through memory in order. They ascend;
+    /// the last thread's end with all pieces.
+    fn share_end(&self, thread: usize, threads: usize) -> usize {
+        self.count() * (thread + 1) / threads
+    }
+
     /// A piece.
     ///
     /// # Safety

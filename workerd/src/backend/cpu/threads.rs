@@ -1,4 +1,6 @@
-//! Fork-join over the compute threads: one job at a time, its pieces handed out by an atomic counter.
+//! Fork-join over the compute threads: one job at a time, its pieces handed out by atomic counters, one a thread's share.
+//!
+//! A thread goes through its share in order, as memory is read fastest so, then helps with what the others have left.
 //!
 //! The caller works too, so one thread needs no others. A job is over when its pieces are done: a thread that has not
 //! even begun (its core is busy with something else) is not waited for. Threads spin briefly between jobs, then sleep.
@@ -7,6 +9,8 @@
 
 use std::any::Any;
 use std::cell::UnsafeCell;
+use std::iter::StepBy;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -18,8 +22,10 @@ use super::pieces::Pieces;
 const SPINS: u32 = 1000;
 /// Set in `Shared::state` while threads may still enter the job.
 const OPEN: u64 = 1 << 31;
+/// Set in `Shared::state` once the caller sleeps until nobody is inside.
+const PARKED: u64 = 1 << 30;
 /// Bits of `Shared::state` that count the threads inside the job (the caller not counted).
-const INSIDE: u64 = OPEN - 1;
+const INSIDE: u64 = PARKED - 1;
 /// One more job in `Shared::state`.
 const NEXT_JOB: u64 = 1 << 32;
 
@@ -27,6 +33,8 @@ const NEXT_JOB: u64 = 1 << 32;
 pub struct Threads {
     shared: Arc<Shared>,
     others: Vec<JoinHandle<()>>,
+    /// Of the pieces of the job, one a thread.
+    shares: Vec<Share>,
 }
 
 /// What runs on each thread that enters: gets the thread's number.
@@ -36,17 +44,16 @@ struct Shared {
     /// Number of the job (upper 32 bits), [`OPEN`], threads inside.
     state: AtomicU64,
     /// The job, valid while the state is open or a thread is inside. Written by the caller before it opens the state.
-    job: UnsafeCell<Option<Job>>,
+    job: UnsafeCell<Option<*const Body<'static>>>,
     sleepers: AtomicUsize,
     stop: AtomicBool,
     lock: Mutex<()>,
     wake: Condvar,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
-}
-
-struct Job {
-    body: *const Body<'static>,
-    caller: Thread,
+    /// Who called for the job, before it sets [`PARKED`].
+    caller: Mutex<Option<Thread>>,
+    /// One a thread.
+    ahead: Vec<Ahead>,
 }
 
 // SAFETY: `job` is written only by the one caller (`run` takes `&mut Threads`) while no thread is inside and the state is closed.
@@ -68,8 +75,11 @@ impl Threads {
             lock: Mutex::new(()),
             wake: Condvar::new(),
             panic: Mutex::new(None),
+            caller: Mutex::new(None),
+            ahead: (0..count.max(1)).map(|_| Ahead::default()).collect(),
         });
-        let mut threads = Self { shared, others: Vec::new() };
+        let shares = (0..count.max(1)).map(|_| Share::default()).collect();
+        let mut threads = Self { shared, others: Vec::new(), shares };
         for number in 1..count {
             let shared = Arc::clone(&threads.shared);
             let thread = std::thread::Builder::new()
@@ -83,6 +93,14 @@ impl Threads {
     /// Threads that take pieces.
     pub fn count(&self) -> usize {
         self.others.len() + 1
+    }
+
+    /// Says what `thread` will read first in the next job but one: if it has to wait for that job, it has these bytes
+    /// fetched into its second cache.
+    pub fn fetch_ahead(&self, thread: usize, bytes: &[u8]) {
+        let ahead = &self.shared.ahead[thread];
+        ahead.start.store(bytes.as_ptr().addr(), Ordering::Relaxed);
+        ahead.bytes.store(bytes.len(), Ordering::Relaxed);
     }
 
     /// Calls `body` once with each piece and its index, and one of `scratch` that is the thread's own meanwhile.
@@ -104,29 +122,39 @@ impl Threads {
             }
             return;
         }
-        let next = AtomicUsize::new(0);
+        let threads = self.count();
+        let mut start = 0;
+        for (thread, share) in self.shares.iter_mut().enumerate() {
+            let end = pieces.share_end(thread, threads);
+            assert!(start <= end && end <= count, "shares ascend");
+            *share = Share { next: AtomicUsize::new(start), end };
+            start = end;
+        }
+        assert_eq!(start, count, "shares are all pieces");
         let scratch = ScratchPointer(scratch.as_mut_ptr());
-        self.run(&|thread| {
+        self.run(&|shares, thread| {
             // SAFETY: `thread` is below `count()` (asserted to be in bounds) and entered by one thread only.
             let scratch = unsafe { &mut *scratch.of(thread) };
-            loop {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                if index >= count {
-                    break;
+            // Its own share, then what the others have left.
+            let (others, own) = shares.split_at(thread);
+            for share in own.iter().chain(others) {
+                while let Some(index) = share.take() {
+                    // SAFETY: shares have no index in common, and each gives its own once.
+                    body(scratch, index, unsafe { pieces.piece(index) });
                 }
-                // SAFETY: the counter gives each index once.
-                body(scratch, index, unsafe { pieces.piece(index) });
             }
         });
     }
 
     /// Runs `body` here and on every other thread that comes in time; returns when none is inside any more.
-    fn run(&mut self, body: &Body<'_>) {
+    fn run(&mut self, body: &(dyn Fn(&[Share], usize) + Sync)) {
+        let shares = &self.shares[..];
+        let body: &Body<'_> = &|thread| body(shares, thread);
         let shared = &*self.shared;
         // SAFETY: only the lifetime changes; no thread follows the pointer after `join`, and `body` outlives that.
         let lent = unsafe { std::mem::transmute::<*const Body<'_>, *const Body<'static>>(body) };
         // SAFETY: the state is closed and no thread is inside (the last job waited for that), so nobody reads `job`.
-        unsafe { *shared.job.get() = Some(Job { body: lent, caller: std::thread::current() }) };
+        unsafe { *shared.job.get() = Some(lent) };
         let job = (shared.state.load(Ordering::Relaxed) & !(NEXT_JOB - 1)).wrapping_add(NEXT_JOB);
         shared.state.store(job | OPEN, Ordering::SeqCst);
         if shared.sleepers.load(Ordering::SeqCst) > 0 {
@@ -165,26 +193,27 @@ impl std::fmt::Debug for Threads {
 impl Shared {
     fn serve(&self, thread: usize) {
         let mut done = 0;
-        while let Some(job) = self.enter(done) {
+        while let Some(job) = self.enter(thread, done) {
             done = job;
             // SAFETY: this thread is inside, so `run` has not returned: `job` is set and not written, its body alive.
-            let (body, caller) = unsafe {
-                let job = (*self.job.get()).as_ref().expect("a job is set before it is opened");
-                (&*job.body, job.caller.clone())
-            };
+            let body = unsafe { &*(*self.job.get()).expect("a job is set before it is opened") };
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| body(thread))) {
                 lock(&self.panic).get_or_insert(panic);
             }
             let state = self.state.fetch_sub(1, Ordering::AcqRel) - 1;
-            if state & (OPEN | INSIDE) == 0 {
-                caller.unpark();
+            if state & (OPEN | PARKED | INSIDE) == PARKED {
+                // A caller that woke by itself and went on is woken once for nothing.
+                if let Some(caller) = &*lock(&self.caller) {
+                    caller.unpark();
+                }
             }
         }
     }
 
     /// Waits for an open job other than `done` and enters it; `None` at the end of all.
-    fn enter(&self, done: u64) -> Option<u64> {
+    fn enter(&self, thread: usize, done: u64) -> Option<u64> {
         let mut spins = 0;
+        let mut ahead = self.ahead[thread].lines();
         loop {
             if self.stop.load(Ordering::Relaxed) {
                 return None;
@@ -202,7 +231,7 @@ impl Shared {
                 }
             } else if spins < SPINS {
                 spins += 1;
-                std::hint::spin_loop();
+                wait(&mut ahead);
             } else {
                 self.sleep(done);
                 spins = 0;
@@ -226,10 +255,14 @@ impl Shared {
     fn join(&self) {
         let mut state = self.state.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0;
+        let mut ahead = self.ahead[0].lines();
         while state & INSIDE != 0 {
             if spins < SPINS {
                 spins += 1;
-                std::hint::spin_loop();
+                wait(&mut ahead);
+            } else if state & PARKED == 0 {
+                *lock(&self.caller) = Some(std::thread::current());
+                self.state.fetch_or(PARKED, Ordering::AcqRel);
             } else {
                 // The last one to leave unparks; an older unpark only makes this look once more.
                 std::thread::park();
@@ -241,6 +274,57 @@ impl Shared {
     fn is_news(state: u64, done: u64) -> bool {
         state & OPEN != 0 && state & !(NEXT_JOB - 1) != done
     }
+}
+
+/// Pieces `next..end` that nobody has taken, in cache lines of its own: a thread writes in its share often.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Share {
+    next: AtomicUsize,
+    end: usize,
+}
+
+impl Share {
+    fn take(&self) -> Option<usize> {
+        // Looking first leaves the line where it is if there is nothing to take.
+        let left = self.next.load(Ordering::Relaxed) < self.end;
+        let index = left.then(|| self.next.fetch_add(1, Ordering::Relaxed));
+        index.filter(|index| *index < self.end)
+    }
+}
+
+/// What a thread will read first in the next job.
+#[derive(Debug, Default)]
+struct Ahead {
+    start: AtomicUsize,
+    bytes: AtomicUsize,
+}
+
+impl Ahead {
+    fn lines(&self) -> StepBy<Range<usize>> {
+        let start = self.start.load(Ordering::Relaxed);
+        (start..start.saturating_add(self.bytes.load(Ordering::Relaxed))).step_by(64)
+    }
+}
+
+/// Waits a moment; has some more of what comes next fetched meanwhile.
+fn wait(ahead: &mut StepBy<Range<usize>>) {
+    match ahead.next() {
+        Some(line) => fetch(line),
+        None => std::hint::spin_loop(),
+    }
+}
+
+/// Asks for a cache line. Nothing is read as far as the language is concerned, and no address is wrong.
+fn fetch(line: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch has no effect but in caches, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::without_provenance(line)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    std::hint::black_box(line);
 }
 
 /// First of the threads' scratches.

@@ -16,12 +16,26 @@ pub struct Grid<'a> {
     owner: PhantomData<&'a mut [f32]>,
 }
 
-/// How columns fall into runs of whole units: `wide` ones of several units, then single ones.
+/// How columns fall into runs of whole units: in equal shares, each of `wide` runs of several units and then of single
+/// ones; what is left over is single units at the end.
 #[derive(Clone, Copy, Debug)]
 struct Runs {
+    /// Columns of a unit.
     unit: usize,
+    /// Units of a wide run.
     units: usize,
+    shares: usize,
+    /// Units of a share.
+    share: usize,
+    /// Wide runs of a share.
     wide: usize,
+}
+
+impl Runs {
+    /// Runs of a share.
+    fn of_share(self) -> usize {
+        self.wide + self.share - self.wide * self.units
+    }
 }
 
 // SAFETY: a `Grid` gives out disjoint rectangles of `f32`, each once.
@@ -38,23 +52,29 @@ impl<'a> Grid<'a> {
         bands: &'a [Range<usize>],
         width: usize,
     ) -> Self {
-        Self::cut(matrix, columns, bands, Runs { unit: width, units: 1, wide: 0 })
+        Self::cut(
+            matrix,
+            columns,
+            bands,
+            Runs { unit: width, units: 1, shares: 0, share: 0, wide: 0 },
+        )
     }
 
-    /// The same with runs of `units` times `unit` columns that end in single units, so that threads which take runs as
-    /// they come end together.
+    /// The same in `shares` equal shares of runs of `units` times `unit` columns that end in single units, so that threads
+    /// which begin with a share each, and then help each other, end together.
     ///
     /// # Panics
-    /// If `unit`, `units` or `columns` is 0, the bands do not ascend, or one passes the matrix's end.
+    /// If `unit`, `units`, `shares` or `columns` is 0, the bands do not ascend, or one passes the matrix's end.
     pub fn tapered(
         matrix: &'a mut [f32],
         columns: usize,
         bands: &'a [Range<usize>],
         (unit, units): (usize, usize),
+        shares: usize,
     ) -> Self {
-        assert!(units > 0);
-        let wide = columns / unit * 3 / 4 / units;
-        Self::cut(matrix, columns, bands, Runs { unit, units, wide })
+        let share = columns / unit / shares;
+        let wide = share * 3 / 4 / units;
+        Self::cut(matrix, columns, bands, Runs { unit, units, shares, share, wide })
     }
 
     fn cut(matrix: &'a mut [f32], columns: usize, bands: &'a [Range<usize>], runs: Runs) -> Self {
@@ -68,14 +88,17 @@ impl<'a> Grid<'a> {
 
     /// Rectangles beside each other.
     pub fn across(&self) -> usize {
-        let Runs { unit, units, wide } = self.runs;
-        wide + self.columns.div_ceil(unit) - wide * units
+        let Runs { unit, shares, share, .. } = self.runs;
+        shares * self.runs.of_share() + self.columns.div_ceil(unit) - shares * share
     }
 
     /// First column of a run; that of the run behind the last is the number of columns.
     fn column(&self, run: usize) -> usize {
-        let Runs { unit, units, wide } = self.runs;
-        ((run.min(wide) * units + run.saturating_sub(wide)) * unit).min(self.columns)
+        let Runs { unit, units, shares, share, wide } = self.runs;
+        let of = run.checked_div(self.runs.of_share()).map_or(0, |of| of.min(shares));
+        let run = run - of * self.runs.of_share();
+        let wide = if of < shares { run.min(wide) } else { 0 };
+        ((of * share + wide * units + run - wide) * unit).min(self.columns)
     }
 }
 
@@ -85,6 +108,12 @@ unsafe impl<'a> Pieces for Grid<'a> {
 
     fn count(&self) -> usize {
         self.bands.len() * self.across()
+    }
+
+    fn share_end(&self, thread: usize, threads: usize) -> usize {
+        let is_share = self.bands.len() == 1 && self.runs.shares == threads && thread + 1 < threads;
+        let pieces = if is_share { self.runs.of_share() * threads } else { self.count() };
+        pieces * (thread + 1) / threads
     }
 
     unsafe fn piece(&self, index: usize) -> Rectangle<'a, f32> {
@@ -233,20 +262,32 @@ mod tests {
     }
 
     #[test]
-    fn runs_that_taper_cover_each_column_once_and_end_in_single_units() {
-        for columns in [1, 7, 8, 9, 96, 577, 1000] {
+    fn runs_that_taper_cover_each_column_once_and_each_share_ends_in_single_units() {
+        for (columns, shares) in [1, 7, 8, 9, 96, 577, 1000].into_iter().zip(1..).chain([(500, 2)])
+        {
             let mut matrix = vec![0.0_f32; columns];
             let band = 0..1;
-            let grid = Grid::tapered(&mut matrix, columns, std::slice::from_ref(&band), (8, 3));
-            let mut last = 0;
-            for index in 0..grid.count() {
-                // SAFETY: each index once.
-                let mut part = unsafe { grid.piece(index) };
-                assert!(part.columns().start.is_multiple_of(8));
-                part.row(0).iter_mut().for_each(|value| *value += 1.0);
-                last = part.columns().len();
+            let bands = std::slice::from_ref(&band);
+            let grid = Grid::tapered(&mut matrix, columns, bands, (8, 3), shares);
+            let mut index = 0;
+            for thread in 0..shares {
+                let end = grid.share_end(thread, shares);
+                let mut last = 0;
+                while index < end {
+                    // SAFETY: each index once.
+                    let mut part = unsafe { grid.piece(index) };
+                    if columns / 8 >= shares {
+                        let first = columns / 8 / shares * thread * 8;
+                        assert!(part.columns().start >= first);
+                    }
+                    assert!(part.columns().start.is_multiple_of(8));
+                    part.row(0).iter_mut().for_each(|value| *value += 1.0);
+                    last = part.columns().len();
+                    index += 1;
+                }
+                assert!(last <= 8);
             }
-            assert_eq!(last, (columns - 1) % 8 + 1);
+            assert_eq!(index, grid.count());
             assert!(matrix.iter().all(|&value| value == 1.0), "{columns}");
         }
     }
