@@ -73,7 +73,8 @@ impl<'a> Grid<'a> {
         shares: usize,
     ) -> Self {
         let share = columns / unit / shares;
-        let wide = share * 3 / 4 / units;
+        // Single units are a sixteenth of a share, or what one more run would be.
+        let wide = share.saturating_sub(units.max(share / 16)) / units;
         Self::cut(matrix, columns, bands, Runs { unit, units, shares, share, wide })
     }
 
