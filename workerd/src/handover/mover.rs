@@ -69,7 +69,7 @@ impl Default for MoverSettings {
             max_pulls: 1024,
             settle_timeout: Duration::from_secs(30),
             rebuild_pause: Duration::from_secs(1),
-            idle_poll: Duration::from_millis(20),
+            idle_poll: Duration::from_millis(50),
             start_stop_timeout: Duration::from_secs(30),
         }
     }

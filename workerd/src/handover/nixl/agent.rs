@@ -16,7 +16,7 @@ use crate::kv::region::Region;
 /// The transport plug-in inside NIXL.
 const BACKEND: &str = "UCX";
 /// How long the progress thread sleeps without traffic; 0 would take a core, and data wakes it anyway.
-const PROGRESS_SLEEP_US: u64 = 10_000;
+const PROGRESS_SLEEP_US: u64 = 25_000;
 
 /// An agent. Fields go in this order: registrations, then the agent with its back end, then the memory.
 pub(super) struct Agent {
