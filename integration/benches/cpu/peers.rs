@@ -64,7 +64,8 @@ impl Peer {
         let cold = if tokens > 1024 { self.options.cold } else { &[] };
         let tokens = tokens.to_string();
         let args = ["-p", &tokens, "-n", "0", "-r", "1", "-o", "json"];
-        let out = self.run("llama-bench", &[&args, self.options.llama_bench, cold].concat())?;
+        let (out, _) =
+            self.run("llama-bench", &[&args, self.options.llama_bench, cold].concat())?;
         let from = out.find('[').context("llama-bench prints JSON")?;
         let figures: serde_json::Value = serde_json::from_str(&out[from..])?;
         figures[0]["avg_ts"].as_f64().with_context(|| format!("`avg_ts` in {out}"))
@@ -80,15 +81,17 @@ impl Peer {
             [room, sequences, context, tokens].map(|n| n.to_string());
         let args = ["-c", &room, "-npp", &context, "-ntg", &tokens, "-npl", &sequences];
         let args = [&args, self.options.llama_batched_bench].concat();
-        let out = self.run("llama-batched-bench", &args)?;
+        // One prints its table to stdout, the other among its log.
+        let (out, log) = self.run("llama-batched-bench", &args)?;
         // | PP | TG | B | N_KV | T_PP s | S_PP t/s | T_TG s | S_TG t/s | T s | S t/s |
-        let mut rows = out.lines().filter(|line| line.starts_with('|'));
+        let mut rows = out.lines().chain(log.lines()).filter(|line| line.starts_with('|'));
         let cells = rows.next_back().context("llama-batched-bench prints a table")?.split('|');
-        let speed = cells.map(str::trim).nth(8).with_context(|| format!("a speed in {out}"))?;
-        speed.parse().with_context(|| format!("`{speed}` in {out}"))
+        let speed =
+            cells.map(str::trim).nth(8).with_context(|| format!("a speed in {out}{log}"))?;
+        speed.parse().with_context(|| format!("`{speed}` in {out}{log}"))
     }
 
-    fn run(&self, program: &str, args: &[&str]) -> Result<String> {
+    fn run(&self, program: &str, args: &[&str]) -> Result<(String, String)> {
         let path = self.folder.join(program);
         // One of them writes a log into the current folder.
         let folder = tempfile::tempdir()?;
@@ -112,6 +115,6 @@ impl Peer {
         };
         let errors = std::fs::read_to_string(&err).unwrap_or_default();
         ensure!(status.success(), "{command:?} ended with {status}:\n{errors}");
-        Ok(std::fs::read_to_string(&out)?)
+        Ok((std::fs::read_to_string(&out)?, errors))
     }
 }
