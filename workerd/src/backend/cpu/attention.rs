@@ -276,7 +276,8 @@ fn merge(merged: &mut Running, out: &mut [f32], part: Running, part_out: &[f32])
         return out.copy_from_slice(part_out);
     }
     let max = if merged.max > part.max { merged.max } else { part.max };
-    let (old, new) = (exp(merged.max - max), exp(part.max - max));
+    let shrink = |from: f32| if from == max { 1.0 } else { exp(from - max) };
+    let (old, new) = (shrink(merged.max), shrink(part.max));
     *merged = Running { max, sum: merged.sum * old + part.sum * new };
     for (out, part) in out.iter_mut().zip(part_out) {
         *out = *out * old + part * new;
