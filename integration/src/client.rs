@@ -85,7 +85,7 @@ impl Client {
         self.send(Method::POST, path, &[], serde_json::to_vec(body)?.into()).await
     }
 
-    /// Any request.
+    /// Any request; JSON unless a header says otherwise.
     ///
     /// # Errors
     /// If no head comes.
@@ -104,8 +104,11 @@ impl Client {
             let mut request = Request::builder()
                 .method(method)
                 .uri(path)
-                .header("host", self.address.to_string())
-                .header("content-type", "application/json");
+                .header("host", self.address.to_string());
+            let is_kind = |(name, _): &(&str, &str)| *name == "content-type";
+            if !headers.iter().any(is_kind) {
+                request = request.header("content-type", "application/json");
+            }
             for (name, value) in headers {
                 request = request.header(*name, *value);
             }

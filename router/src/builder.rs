@@ -1,10 +1,13 @@
 //! Puts the parts together: everything one router shares, and the Pingora services around it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
+use baton_shared::config::ConfigError;
 use baton_shared::id::{IdMint, InvalidWorkerId};
+use baton_shared::telemetry::LogHandle;
 use baton_shared::wire::auth::Keys;
 use pingora_core::apps::HttpServerOptions;
 use pingora_core::server::configuration::ServerConf;
@@ -14,21 +17,26 @@ use pingora_core::services::listening::Service;
 use pingora_proxy::{HttpProxy, ProxyServiceBuilder};
 
 use crate::admin::Admin;
+use crate::admin::token::{Token, TokenError};
 use crate::client::pool;
-use crate::config::RouterConfig;
+use crate::config::{Loaded, RouterConfig};
 use crate::engine::{Parts, Router};
 use crate::health::prober;
 use crate::limits::InFlight;
 use crate::listen::{Bound, ListenError, Listening};
 use crate::metrics::Metrics;
 use crate::proxy::{Hooks, RouterProxy};
-use crate::table::Table;
+use crate::table::keys::LiveKeys;
+use crate::table::reload::Reloader;
+use crate::table::{Table, watch};
 
 /// What all services of one router share.
 #[derive(Debug)]
 pub struct Shared {
     /// Which workers there are.
     pub table: Arc<Table>,
+    /// Replaces the table.
+    pub reloader: Arc<Reloader>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// Completions being served.
@@ -84,6 +92,8 @@ impl RouterBuilder<()> {
         let table = Arc::new(Table::new(config)?);
         let metrics = Arc::new(Metrics::new());
         let in_flight = InFlight::default();
+        let keys = LiveKeys::from(keys);
+        let reloader = Reloader::new(Arc::clone(&table), keys.clone(), Arc::clone(&metrics));
         let router = Router::new(Parts {
             table: Arc::clone(&table),
             metrics: Arc::clone(&metrics),
@@ -93,8 +103,9 @@ impl RouterBuilder<()> {
         });
         let visits = InFlight::default();
         let draining = AtomicBool::new(false);
-        let shared = Arc::new(Shared { table, metrics, in_flight, visits, router, draining });
-        Ok(Self { shared, hooks: () })
+        let reloader = Arc::new(reloader);
+        let shared = Shared { table, reloader, metrics, in_flight, visits, router, draining };
+        Ok(Self { shared: Arc::new(shared), hooks: () })
     }
 }
 
@@ -114,7 +125,24 @@ impl<H: Hooks> RouterBuilder<H> {
         self.shared.router.clone()
     }
 
-    /// Probes workers, keeps metrics small and few idle connections open; without it no worker ever becomes usable.
+    /// Lets reloads read `path` by `read`, and the attendant watch it.
+    pub fn with_file(
+        self,
+        path: PathBuf,
+        read: impl Fn() -> Result<Loaded, ConfigError> + Send + Sync + 'static,
+    ) -> Self {
+        self.shared.reloader.set_file(path, read);
+        self
+    }
+
+    /// Lets reloads and operators change the level of the process's logs.
+    pub fn with_log(self, log: LogHandle) -> Self {
+        self.shared.reloader.set_log(log);
+        self
+    }
+
+    /// Probes workers, watches the configuration's file, keeps metrics small and few idle connections open; without it
+    /// no worker ever becomes usable.
     pub fn attendant(&self) -> Attendant {
         Attendant { shared: Arc::clone(&self.shared) }
     }
@@ -127,21 +155,34 @@ impl<H: Hooks> RouterBuilder<H> {
     /// Binds the configured addresses and adds public port, admin port and attendant to `server`.
     ///
     /// # Errors
-    /// If an address cannot be bound; nothing has been added then.
-    pub fn add_to(self, server: &mut Server) -> Result<Addresses, ListenError> {
+    /// If an address cannot be bound or the admin port's token cannot be read; nothing has been added then.
+    pub fn add_to(self, server: &mut Server) -> Result<Addresses, StartError> {
         let config = Arc::clone(&self.shared.table.snapshot().config);
+        let token = config.server.admin_token_file.as_deref().map(Token::load).transpose()?;
         let public = Bound::bind(&config.server.listen)?;
         let admin = Bound::bind(&config.server.admin_listen)?;
         let addresses =
             Addresses { public: public.address.to_string(), admin: admin.address.to_string() };
         server.add_service(background_service("attendant", self.attendant()));
-        let mut operators = Service::new("admin".to_owned(), Admin::new(Arc::clone(&self.shared)));
+        let mut operators =
+            Service::new("admin".to_owned(), Admin::new(Arc::clone(&self.shared), token));
         operators.threads = Some(1);
         server.add_service(Listening::new(operators, admin));
         let clients = service(&server.configuration, self.proxy());
         server.add_service(Listening::new(clients, public));
         Ok(addresses)
     }
+}
+
+/// Why a router cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// An address cannot be bound.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// `server.admin_token_file` cannot be used.
+    #[error("`server.admin_token_file`: {0}")]
+    Token(#[from] TokenError),
 }
 
 /// Where a router listens, ports as chosen.
@@ -197,7 +238,8 @@ impl Attendant {
                 pool::sweep();
             }
         };
-        tokio::join!(prober::run(Arc::clone(&self.shared.table)), upkeep);
+        let (table, reloader) = (Arc::clone(&self.shared.table), Arc::clone(&self.shared.reloader));
+        tokio::join!(prober::run(Arc::clone(&table)), watch::run(reloader, table), upkeep);
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use baton_shared::config::net::{Endpoint, Listen};
 use baton_shared::config::units::{Bytes, Percent, Seconds};
-use baton_shared::config::{ConfigError, is_yaml};
+use baton_shared::config::{ConfigError, Document, is_yaml};
 use baton_shared::id::{InvalidWorkerId, WorkerId};
 use baton_shared::telemetry::LogFormat;
 use baton_shared::wire::auth::Keys;
@@ -47,6 +47,8 @@ pub struct Loaded {
     pub keys: Keys,
     /// Keys and flags that were read but change nothing.
     pub without_effect: Vec<String>,
+    /// Where our own keys stand; `None` = the file has others.
+    pub document: Option<Document>,
 }
 
 impl Loaded {
@@ -78,7 +80,7 @@ pub struct ServerConfig {
     pub threads: usize,
     /// `/metrics`, `/healthz`, `/readyz`, `/admin/*`.
     pub admin_listen: Listen,
-    /// File with the token the admin port asks for; not built yet.
+    /// File with the token that `/admin/*` asks for; needed unless the admin port is on loopback.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub admin_token_file: Option<PathBuf>,
     /// How long requests in flight may go on after SIGTERM.

@@ -170,10 +170,10 @@ fn eject(record: &mut Record, now: Duration, rules: &HealthConfig, may_eject: bo
 
 /// A change worth a log line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Change {
-    from: Condition,
-    to: Condition,
-    event: Event,
+pub struct Change {
+    pub(crate) from: Condition,
+    pub(crate) to: Condition,
+    pub(crate) event: Event,
 }
 
 impl Change {

@@ -9,11 +9,10 @@ use std::sync::Arc;
 use anyhow::Context;
 use baton_router::builder::{RouterBuilder, server_conf};
 use baton_router::cli::Cli;
-use baton_router::config::{Loaded, RouterConfig};
-use baton_router::ops::{Drain, Notifier, SignalWatch, Signals};
+use baton_router::config::Loaded;
+use baton_router::ops::{Drain, HangUps, Notifier, SignalWatch, Signals};
 use baton_shared::config::{ConfigError, EXIT_CODE};
 use baton_shared::telemetry;
-use baton_shared::wire::auth::Keys;
 use clap::Parser;
 use pingora_core::server::{RunArgs, Server};
 use pingora_core::services::background::background_service;
@@ -50,7 +49,7 @@ impl From<anyhow::Error> for Failure {
 }
 
 fn run(cli: &Cli) -> Result<(), Failure> {
-    let Loaded { config, keys, without_effect } = cli.load()?;
+    let Loaded { config, keys, without_effect, .. } = cli.load()?;
     if cli.print_config {
         let text = toml::to_string(&config.spelled_out()).context("configuration as TOML")?;
         let written = std::io::stdout().write_all(text.as_bytes());
@@ -59,20 +58,23 @@ fn run(cli: &Cli) -> Result<(), Failure> {
     if cli.check {
         return Ok(());
     }
-    telemetry::init(config.log.format, &config.log.level).context("logs")?;
+    let log = telemetry::init(config.log.format, &config.log.level).context("logs")?;
     if !without_effect.is_empty() {
         tracing::warn!(keys = without_effect.join(", "), "accepted, but without effect");
     }
-    Ok(serve(config, keys)?)
+    let again = cli.clone();
+    let builder = RouterBuilder::new(config, keys).context("table")?;
+    let builder = builder.with_log(log).with_file(cli.config.clone(), move || again.load());
+    Ok(serve(builder)?)
 }
 
-fn serve(config: RouterConfig, keys: Keys) -> anyhow::Result<()> {
+fn serve(builder: RouterBuilder) -> anyhow::Result<()> {
     let signals = Arc::new(Signals::install().context("signals")?);
-    let notifier = Notifier::new(std::env::var_os("NOTIFY_SOCKET"));
-    let mut server = Server::new_with_opt_and_conf(None, server_conf(&config));
-    server.bootstrap();
-    let builder = RouterBuilder::new(config, keys)?;
+    let notifier = Arc::new(Notifier::new(std::env::var_os("NOTIFY_SOCKET")));
     let shared = Arc::clone(builder.shared());
+    let conf = server_conf(&shared.table.snapshot().config);
+    let mut server = Server::new_with_opt_and_conf(None, conf);
+    server.bootstrap();
     let addresses = builder.add_to(&mut server)?;
     tracing::info!(
         version = telemetry::BUILD.version,
@@ -82,6 +84,10 @@ fn serve(config: RouterConfig, keys: Keys) -> anyhow::Result<()> {
         generation = shared.table.snapshot().generation.len(),
         "serving"
     );
+    let reloader = Arc::clone(&shared.reloader);
+    let (signals_too, notifier_too) = (Arc::clone(&signals), Arc::clone(&notifier));
+    let hang_ups = HangUps { reloader, signals: signals_too, notifier: notifier_too };
+    server.add_service(background_service("reload", hang_ups));
     let drain = Drain { shared, signals: Arc::clone(&signals), notifier };
     server.add_service(background_service("drain", drain));
     // Returns only if Pingora ends before the drain does.

@@ -12,6 +12,7 @@ use metrics_exporter_prometheus::{
     Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
 
+use crate::table::reload::Source;
 use crate::table::{Phase, RoutingTable};
 
 /// How one exchange with a worker ended: the `outcome` label of `baton_router_hops_total`.
@@ -85,6 +86,31 @@ impl Endpoint {
     }
 }
 
+/// How a reload ended: the `outcome` label of `baton_router_reloads_total`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReloadOutcome {
+    /// There is a new table.
+    Applied,
+    /// Nothing differed.
+    Unchanged,
+    /// A mistake, or a key that needs a restart.
+    Refused,
+}
+
+impl ReloadOutcome {
+    /// All, in the order of declaration.
+    pub const ALL: [Self; 3] = [Self::Applied, Self::Unchanged, Self::Refused];
+
+    /// The label's value.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Applied => "applied",
+            Self::Unchanged => "unchanged",
+            Self::Refused => "refused",
+        }
+    }
+}
+
 /// How a request ended: the `outcome` label of `baton_router_requests_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestOutcome {
@@ -136,6 +162,7 @@ pub struct Metrics {
     releases: Counter,
     orphaned_kv: Counter,
     refused_load: Counter,
+    reloads: [[Counter; 3]; 4],
     upstream: Upstream,
 }
 
@@ -224,6 +251,13 @@ impl Metrics {
                 "Requests refused because too many were in flight.",
                 &[],
             ),
+            reloads: Source::ALL.map(|source| {
+                ReloadOutcome::ALL.map(|outcome| {
+                    let help = "Times the configuration was read or put again.";
+                    let labels = [("source", source.as_str()), ("outcome", outcome.as_str())];
+                    made.counter("baton_router_reloads_total", help, &labels)
+                })
+            }),
             upstream: Upstream::new(&made),
         }
     }
@@ -289,6 +323,11 @@ impl Metrics {
         self.orphaned_kv.increment(1);
     }
 
+    /// Somebody wanted another table.
+    pub fn reload(&self, source: Source, outcome: ReloadOutcome) {
+        self.reloads[source as usize][outcome as usize].increment(1);
+    }
+
     /// A request was refused because too many were in flight.
     pub fn refused(&self) {
         self.refused_load.increment(1);
@@ -316,7 +355,7 @@ impl Metrics {
             .collect();
         gauge(&mut text, "baton_router_worker_up", "1 = requests may be sent there.");
         for (labels, worker) in &labels {
-            let up = worker.health.condition(now).is_usable();
+            let up = worker.health.condition(now).is_usable() && !worker.is_drained();
             line(&mut text, "baton_router_worker_up", labels, u64::from(up));
         }
         gauge(&mut text, "baton_router_worker_in_flight", "Requests on a worker, of all roles.");

@@ -1,7 +1,7 @@
 //! Life of the process: signals, drain, and what systemd wants to know.
 //!
 //! SIGTERM, SIGINT and SIGQUIT drain: no new request, those in flight finish within `drain_timeout`, exit 0;
-//! a second one ends at once. SIGHUP never kills. Pingora alone would sleep its whole grace period and then cut
+//! a second one ends at once. SIGHUP reads the configuration again. Pingora alone would sleep its whole grace period and then cut
 //! every stream, so the drain ends the process itself.
 
 use std::ffi::OsString;
@@ -18,17 +18,18 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Mutex;
 
 use crate::builder::Shared;
+use crate::table::reload::{Reloader, Source};
 
 /// The process's signals, caught from the moment this is made.
 pub struct Signals {
-    streams: Mutex<Streams>,
+    ending: Mutex<Ending>,
+    hang_up: Mutex<Signal>,
 }
 
-struct Streams {
+struct Ending {
     terminate: Signal,
     interrupt: Signal,
     quit: Signal,
-    hang_up: Signal,
 }
 
 impl Signals {
@@ -40,31 +41,31 @@ impl Signals {
         // Only the installation needs this runtime: later any runtime's driver passes signals on.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let _inside = runtime.enter();
-        let streams = Streams {
+        let ending = Ending {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             quit: signal(SignalKind::quit())?,
-            hang_up: signal(SignalKind::hangup())?,
         };
-        Ok(Self { streams: Mutex::new(streams) })
+        let hang_up = signal(SignalKind::hangup())?;
+        Ok(Self { ending: Mutex::new(ending), hang_up: Mutex::new(hang_up) })
     }
 }
 
 impl Signals {
     /// Waits for a signal that ends the process.
     async fn ending(&self) {
-        let mut streams = self.streams.lock().await;
-        let Streams { terminate, interrupt, quit, hang_up } = &mut *streams;
-        loop {
-            tokio::select! {
-                _ = terminate.recv() => return,
-                _ = interrupt.recv() => return,
-                _ = quit.recv() => return,
-                _ = hang_up.recv() => {
-                    tracing::warn!("SIGHUP ignored: reload is not available yet");
-                }
-            }
+        let mut ending = self.ending.lock().await;
+        let Ending { terminate, interrupt, quit } = &mut *ending;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = quit.recv() => {}
         }
+    }
+
+    /// Waits for SIGHUP; several at once are one.
+    async fn hang_up(&self) {
+        self.hang_up.lock().await.recv().await;
     }
 }
 
@@ -79,6 +80,32 @@ impl ShutdownSignalWatch for SignalWatch {
     }
 }
 
+/// Reads the configuration again at every SIGHUP.
+pub struct HangUps {
+    /// Reads it.
+    pub reloader: Arc<Reloader>,
+    /// Where SIGHUP comes from.
+    pub signals: Arc<Signals>,
+    /// Who started us.
+    pub notifier: Arc<Notifier>,
+}
+
+#[async_trait]
+impl BackgroundService for HangUps {
+    async fn start(&self, _shutdown: ShutdownWatch) {
+        loop {
+            self.signals.hang_up().await;
+            let now = baton_shared::os::monotonic_time().as_micros();
+            self.notifier.send(&format!("RELOADING=1\nMONOTONIC_USEC={now}"));
+            let reloader = Arc::clone(&self.reloader);
+            let reload = tokio::task::spawn_blocking(move || reloader.reload(Source::Signal));
+            // Told in the log; there is nobody else here.
+            drop(reload.await);
+            self.notifier.send("READY=1");
+        }
+    }
+}
+
 /// Ends the process once nothing is in flight any more.
 pub struct Drain {
     /// What is in flight.
@@ -86,7 +113,7 @@ pub struct Drain {
     /// Where a second signal comes from.
     pub signals: Arc<Signals>,
     /// Who started us.
-    pub notifier: Notifier,
+    pub notifier: Arc<Notifier>,
 }
 
 #[async_trait]

@@ -4,6 +4,7 @@
 use std::ffi::{CStr, OsStr};
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
+use std::time::Duration;
 
 /// Why the environment was left alone.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +42,15 @@ pub fn set_default_environment<K: AsRef<OsStr>, V: AsRef<OsStr>>(
 
 fn threads_running() -> std::io::Result<usize> {
     Ok(std::fs::read_dir("/proc/self/task")?.count())
+}
+
+/// The system's monotonic clock, as service managers compare it (`CLOCK_MONOTONIC`).
+pub fn monotonic_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is a place for one time.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    let seconds = u64::try_from(time.tv_sec).unwrap_or_default();
+    Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or_default())
 }
 
 /// Cores this process may use: its affinity mask, bounded by the CPU quota of its control group; at least 1.

@@ -17,6 +17,7 @@ mod openai_client;
 mod perplexity;
 mod prefix;
 mod random_faults;
+mod reload;
 mod router_faults;
 mod second_model;
 mod spine;

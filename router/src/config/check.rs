@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use baton_shared::config::units::Seconds;
 use baton_shared::config::{ConfigError, Document};
-use baton_shared::wire::auth::Keys;
+use baton_shared::wire::auth::{Keys, KeysError};
 
 use super::{
     DialectChoice, Loaded, PolicyName, PoolConfig, RouterConfig, ScheduleStyle, ServerEntry,
 };
+use crate::admin::token::{Token, TokenError};
 use crate::table::Phase;
 
 /// Names the place of a mistake: in a file, or nowhere.
@@ -24,13 +25,13 @@ const LATER: &str = "is not available yet";
 pub(super) fn load(path: &Path) -> Result<Loaded, ConfigError> {
     let document = Document::read_toml(path)?;
     let config = RouterConfig::from_document(&document)?;
-    let keys = match &config.auth.internal_request_auth_key_file {
-        None => Keys::none(),
-        Some(file) => Keys::load(file).map_err(|error| {
-            document.error("auth.internal_request_auth_key_file", error.to_string())
-        })?,
-    };
-    Ok(Loaded { config, keys, without_effect: Vec::new() })
+    let keys = config.load_keys(&document)?;
+    if let Some(file) = &config.server.admin_token_file {
+        let refuse =
+            |error: TokenError| document.error("server.admin_token_file", error.to_string());
+        Token::load(file).map_err(refuse)?;
+    }
+    Ok(Loaded { config, keys, without_effect: Vec::new(), document: Some(document) })
 }
 
 impl RouterConfig {
@@ -42,6 +43,45 @@ impl RouterConfig {
         let config: Self = document.parse()?;
         config.check(&|key, rule| document.error(key, rule))?;
         Ok(config)
+    }
+
+    /// The same for a text that replaces sections of a `running` configuration and leaves out those that stay.
+    ///
+    /// # Errors
+    /// The first mistake, with its line.
+    pub fn from_sections(document: &Document, running: &Self) -> Result<Self, ConfigError> {
+        let given: Self = document.parse()?;
+        let has = |section: &str| document.has(section);
+        let config = Self {
+            server: if has("server") { given.server } else { running.server.clone() },
+            routing: if has("routing") { given.routing } else { running.routing.clone() },
+            context: if has("context") { given.context } else { running.context.clone() },
+            generation: if has("generation") {
+                given.generation
+            } else {
+                running.generation.clone()
+            },
+            health: if has("health") { given.health } else { running.health.clone() },
+            limits: if has("limits") { given.limits } else { running.limits.clone() },
+            auth: if has("auth") { given.auth } else { running.auth.clone() },
+            log: if has("log") { given.log } else { running.log.clone() },
+        };
+        config.check(&|key, rule| document.error(key, rule))?;
+        Ok(config)
+    }
+
+    /// The keys of the file that `document` names.
+    ///
+    /// # Errors
+    /// If the file cannot be used.
+    pub fn load_keys(&self, document: &Document) -> Result<Keys, ConfigError> {
+        let refuse = |error: KeysError| {
+            document.error("auth.internal_request_auth_key_file", error.to_string())
+        };
+        match &self.auth.internal_request_auth_key_file {
+            None => Ok(Keys::none()),
+            Some(file) => Keys::load(file).map_err(refuse),
+        }
     }
 
     /// Checks a configuration that no file of ours stands behind.
@@ -66,11 +106,9 @@ impl RouterConfig {
 
     fn check_server(&self, at: At<'_>) -> Result<(), ConfigError> {
         let server = &self.server;
-        if server.admin_token_file.is_some() {
-            return Err(at("server.admin_token_file", LATER.to_owned()));
-        }
-        if !server.admin_listen.is_loopback() {
-            let rule = "must be an address of this machine only, as a token is not available yet";
+        if !server.admin_listen.is_loopback() && server.admin_token_file.is_none() {
+            let rule =
+                "needs `server.admin_token_file`, or must be an address of this machine only";
             return Err(at("server.admin_listen", rule.to_owned()));
         }
         if server.threads > 1024 {
@@ -268,8 +306,6 @@ url = \"localhost:8003\"
     #[test]
     fn keys_that_are_not_built_say_so() {
         for text in [
-            "[server]\nadmin_token_file = \"/x\"\n",
-            "[server]\nadmin_listen = \"0.0.0.0:9000\"\n",
             "[routing]\nschedule_style = \"generation_first\"\n",
             "[routing]\nmax_local_prefill_length = 10\n",
             "[context]\npolicy = \"prefix\"\n",
@@ -281,6 +317,17 @@ url = \"localhost:8003\"
             let mistake = mistake(text);
             assert!(mistake.contains("not available yet"), "{mistake}");
         }
+    }
+
+    #[test]
+    fn an_admin_port_that_others_can_reach_needs_a_token() {
+        let open = "[server]\nadmin_listen = \"0.0.0.0:9000\"\n";
+        let mistake = mistake(open);
+        assert!(
+            mistake.contains("router.toml:2") && mistake.contains("admin_token_file"),
+            "{mistake}"
+        );
+        assert!(read(&format!("{open}admin_token_file = \"/x\"\n{SERVERS}")).is_ok());
     }
 
     #[test]

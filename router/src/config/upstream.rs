@@ -31,7 +31,7 @@ fn ours(theirs: DisaggConfig) -> Loaded {
     config.context = pool(theirs.context);
     config.generation = pool(theirs.generation);
     let keys = theirs.internal_request_auth_key.map_or_else(Keys::none, Keys::single);
-    Loaded { config, keys, without_effect: theirs.without_effect }
+    Loaded { config, keys, without_effect: theirs.without_effect, document: None }
 }
 
 fn pool(theirs: ServerSection) -> PoolConfig {
@@ -62,7 +62,7 @@ mod tests {
 
     #[test]
     fn the_file_of_the_documentation_becomes_a_valid_configuration() {
-        let Loaded { config, keys, without_effect } = read("");
+        let Loaded { config, keys, without_effect, .. } = read("");
         config.validate().unwrap();
         assert_eq!(config.server.listen.to_string(), "localhost:8000");
         let urls: Vec<_> = config.context.servers.iter().map(|s| s.url.to_string()).collect();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_shared::id::DisaggRequestId;
-use baton_shared::wire::auth::{Keys, RELEASE_HEADER};
+use baton_shared::wire::auth::RELEASE_HEADER;
 use bytes::Bytes;
 use tokio::sync::Semaphore;
 
@@ -15,6 +15,7 @@ use super::hop;
 use crate::client::{self, Request, Target};
 use crate::dialect::takes_release;
 use crate::metrics::Metrics;
+use crate::table::keys::LiveKeys;
 use crate::table::worker::{Dialect, Worker};
 
 /// Most release calls on their way; beyond, a lease is left to its expiry and counted.
@@ -30,13 +31,13 @@ const MAX_ANSWER: usize = 64 << 10;
 /// Posts release calls.
 #[derive(Debug)]
 pub(super) struct Releaser {
-    keys: Keys,
+    keys: LiveKeys,
     metrics: Arc<Metrics>,
     free: Arc<Semaphore>,
 }
 
 impl Releaser {
-    pub(super) fn new(keys: Keys, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(keys: LiveKeys, metrics: Arc<Metrics>) -> Self {
         Self { keys, metrics, free: Arc::new(Semaphore::new(MOST)) }
     }
 

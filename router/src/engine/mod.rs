@@ -17,7 +17,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_shared::id::{DisaggRequestId, IdMint};
-use baton_shared::wire::auth::Keys;
 use baton_shared::wire::error::ErrorCode;
 use http::Method;
 use pingora_error::{Error, ErrorType, Result};
@@ -36,6 +35,7 @@ use crate::health;
 use crate::limits::InFlight;
 use crate::metrics::{Endpoint, HopOutcome, Metrics, RequestOutcome};
 use crate::policy::{Features, Tried};
+use crate::table::keys::LiveKeys;
 use crate::table::{Phase, Table};
 
 /// How long a worker may take to say which models it has.
@@ -51,7 +51,7 @@ pub struct Parts {
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// Keys shared with the workers.
-    pub keys: Keys,
+    pub keys: LiveKeys,
     /// Requests being served.
     pub in_flight: InFlight,
     /// Ids of context requests; its node and process numbers should differ between routers.
@@ -66,7 +66,7 @@ pub struct Router(Arc<Shared>);
 struct Shared {
     table: Arc<Table>,
     metrics: Arc<Metrics>,
-    keys: Keys,
+    keys: LiveKeys,
     in_flight: InFlight,
     mint: IdMint,
     releaser: Arc<Releaser>,

@@ -225,7 +225,7 @@ pub async fn scene(
     let router = Router::new(Parts {
         table,
         metrics: Arc::new(Metrics::new()),
-        keys: Keys::single("0123456789abcdef"),
+        keys: Keys::single("0123456789abcdef").into(),
         in_flight: InFlight::default(),
         mint: IdMint::new(1, 1),
     });

@@ -1,22 +1,28 @@
 //! The routing table: one immutable snapshot behind one `ArcSwap`, published by one writer.
 //!
 //! A request takes a snapshot, chooses from it and keeps its worker; every retry takes the newest one.
-//! Counters and health live in `Arc<Worker>` and outlast a snapshot. Nothing here does I/O.
+//! Counters and health live in `Arc<Worker>` and outlast a snapshot. What replaces a snapshot is [`reload`]'s
+//! business; only that and [`watch`] do I/O.
 
+mod diff;
+pub mod keys;
+mod publish;
+pub mod reload;
+pub mod watch;
 pub mod worker;
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, Guard};
-use baton_shared::id::{InvalidWorkerId, WorkerId};
+use baton_shared::id::InvalidWorkerId;
 use baton_shared::role::Role;
 use tokio::sync::Notify;
 
-use self::worker::{Dialect, Worker, WorkerSpec};
-use crate::config::{DialectChoice, PoolConfig, RouterConfig, ServerEntry};
+use self::publish::Publisher;
+use self::worker::Worker;
+use crate::config::RouterConfig;
 use crate::health::{Event, Outcome};
 use crate::policy::{self, Features, Policy, Tried};
 
@@ -108,6 +114,7 @@ impl RoutingTable {
 #[derive(Debug)]
 pub struct Table {
     current: ArcSwap<RoutingTable>,
+    publisher: Publisher,
     started: Instant,
     turns: [AtomicU64; 2],
     /// A worker became usable.
@@ -119,10 +126,10 @@ pub struct Table {
 impl Table {
     /// A table of the configured servers, none of them proven yet. Errors name the entry at fault.
     pub fn new(config: RouterConfig) -> Result<Self, InvalidWorkerId> {
-        let mut slots = 0..;
-        let table = build(Arc::new(config), 1, &mut slots)?;
+        let (publisher, table) = Publisher::first(config)?;
         Ok(Self {
             current: ArcSwap::from_pointee(table),
+            publisher,
             started: Instant::now(),
             turns: [AtomicU64::new(0), AtomicU64::new(0)],
             recovered: Notify::new(),
@@ -218,6 +225,7 @@ impl Table {
         let change = worker.health.apply(event, now, &table.config.health, may_eject);
         if let Some(change) = change {
             change.log(worker);
+            worker.remember(change);
             if worker.health.condition(now).is_usable() {
                 self.recovered.notify_waiters();
             }
@@ -230,55 +238,10 @@ impl Table {
     }
 }
 
-/// Makes a snapshot; a server in both lists becomes one worker of role both.
-fn build(
-    config: Arc<RouterConfig>,
-    version: u64,
-    slots: &mut impl Iterator<Item = usize>,
-) -> Result<RoutingTable, InvalidWorkerId> {
-    let ids = |pool: &PoolConfig| -> Result<Vec<WorkerId>, InvalidWorkerId> {
-        pool.servers.iter().map(ServerEntry::id).collect()
-    };
-    let (context_ids, generation_ids) = (ids(&config.context)?, ids(&config.generation)?);
-    let mut workers: HashMap<WorkerId, Arc<Worker>> = HashMap::new();
-    let mut take = |entry: &ServerEntry, id: &WorkerId| -> Result<Arc<Worker>, InvalidWorkerId> {
-        if let Some(worker) = workers.get(id) {
-            return Ok(Arc::clone(worker));
-        }
-        let role = match (context_ids.contains(id), generation_ids.contains(id)) {
-            (true, true) => Role::Both,
-            (true, false) => Role::Context,
-            (false, _) => Role::Generation,
-        };
-        let spec = WorkerSpec {
-            id: id.clone(),
-            endpoint: entry.url.clone(),
-            role,
-            weight: entry.weight,
-            dialect: match entry.dialect {
-                DialectChoice::Auto => None,
-                DialectChoice::Baton => Some(Dialect::Baton),
-                DialectChoice::Trtllm12 | DialectChoice::Trtllm13 | DialectChoice::TrtllmMain => {
-                    Some(Dialect::TrtllmMain)
-                }
-            },
-        };
-        let slot = slots.next().expect("the range has no end");
-        let worker = Arc::new(Worker::new(spec, slot));
-        workers.insert(id.clone(), Arc::clone(&worker));
-        Ok(worker)
-    };
-    let mut pool = |pool: &PoolConfig, ids: &[WorkerId]| {
-        pool.servers.iter().zip(ids).map(|(entry, id)| take(entry, id)).collect::<Result<_, _>>()
-    };
-    let context = pool(&config.context, &context_ids)?;
-    let generation = pool(&config.generation, &generation_ids)?;
-    Ok(RoutingTable { version, config, context, generation })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::ServerEntry;
 
     pub(super) fn config(context: &[&str], generation: &[&str]) -> RouterConfig {
         let servers =
@@ -289,7 +252,7 @@ mod tests {
         config
     }
 
-    fn up(table: &Table) {
+    pub(super) fn up(table: &Table) {
         for worker in table.snapshot_full().workers() {
             table.record(worker, Event::ProbeOk);
         }

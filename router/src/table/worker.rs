@@ -1,12 +1,15 @@
 //! One worker: who and where it is, what it carries, whether it may be chosen.
 //!
 //! Description is immutable; counters are atomics that only guards move; health is decided by
-//! [`crate::health`] and only published here. A guard holds its worker, so counts never drift.
+//! [`crate::health`] and only published here. A guard holds its worker's counters, so counts never drift.
+//! A reload that describes a worker anew makes another [`Worker`] with the same counters, and with the same health
+//! where it is still the same server.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use arc_swap::{ArcSwap, Guard};
 use baton_shared::config::net::Endpoint;
@@ -14,7 +17,7 @@ use baton_shared::id::WorkerId;
 use baton_shared::role::Role;
 
 use crate::client::{Address, Heads};
-use crate::health::Health;
+use crate::health::{Change, Health};
 
 /// Which protocol a worker speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -44,7 +47,7 @@ impl Dialect {
 pub struct Worker {
     /// The configured name, else the address.
     pub id: WorkerId,
-    /// Small number, unique in this process and never reused: index for per-thread connection pools.
+    /// Small number of one server, never given to another one: what a request has tried.
     pub slot: usize,
     /// Where it is, as configured.
     pub endpoint: Endpoint,
@@ -59,17 +62,32 @@ pub struct Worker {
     /// Whether [`Worker::dialect`] was configured, and so is never asked.
     pub dialect_fixed: bool,
     /// What `Health` decided.
-    pub health: Health,
-    dialect: AtomicU8,
-    addresses: ArcSwap<Vec<Address>>,
+    pub health: Arc<Health>,
+    dialect: Arc<AtomicU8>,
+    addresses: Arc<ArcSwap<Vec<Address>>>,
     load: Arc<Load>,
 }
 
-/// What a worker carries now; shared with guards.
+/// What a worker carries now, and what became of it; shared with guards.
 #[derive(Debug, Default)]
 struct Load {
     requests: AtomicU32,
     tokens: AtomicU64,
+    /// An operator wants no new requests there.
+    drained: AtomicBool,
+    history: Mutex<VecDeque<Past>>,
+}
+
+/// Changes of condition that are remembered of a worker.
+const REMEMBERED: usize = 16;
+
+/// One change of a worker's condition.
+#[derive(Clone, Copy, Debug)]
+pub struct Past {
+    /// When.
+    pub at: SystemTime,
+    /// From what to what, and why.
+    pub change: Change,
 }
 
 /// One request on a worker; counts until dropped.
@@ -88,7 +106,7 @@ impl Drop for InFlight {
 }
 
 /// What a new [`Worker`] is made of.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerSpec {
     /// Who.
     pub id: WorkerId,
@@ -126,11 +144,47 @@ impl Worker {
             role,
             weight: weight.max(1),
             dialect_fixed: dialect.is_some(),
-            health: Health::default(),
-            dialect: AtomicU8::new(dialect.unwrap_or(Dialect::Unknown) as u8),
-            addresses: ArcSwap::from_pointee(addresses),
+            health: Arc::default(),
+            dialect: Arc::new(AtomicU8::new(dialect.unwrap_or(Dialect::Unknown) as u8)),
+            addresses: Arc::new(ArcSwap::from_pointee(addresses)),
             load: Arc::default(),
         }
+    }
+
+    /// The same worker described anew: it keeps its counters, and at the same address its health and what is known
+    /// of it. `slot` is for a new address.
+    pub(super) fn revised(&self, spec: WorkerSpec, slot: impl FnOnce() -> usize) -> Self {
+        if spec.endpoint != self.endpoint {
+            return Self { load: Arc::clone(&self.load), ..Self::new(spec, slot()) };
+        }
+        let asked_as_before = spec.dialect.is_none() && !self.dialect_fixed;
+        let mut revised = Self {
+            health: Arc::clone(&self.health),
+            addresses: Arc::clone(&self.addresses),
+            load: Arc::clone(&self.load),
+            ..Self::new(spec, self.slot)
+        };
+        if asked_as_before {
+            revised.dialect = Arc::clone(&self.dialect);
+        }
+        revised
+    }
+
+    /// A worker that was removed and is listed again: it keeps its counters, and has to prove itself.
+    pub(super) fn revived(&self, spec: WorkerSpec, slot: impl FnOnce() -> usize) -> Self {
+        self.load.drained.store(false, Ordering::Relaxed);
+        let slot = if spec.endpoint == self.endpoint { self.slot } else { slot() };
+        Self { load: Arc::clone(&self.load), ..Self::new(spec, slot) }
+    }
+
+    /// Whether `spec` would describe it as it is.
+    pub(super) fn is_as(&self, spec: &WorkerSpec) -> bool {
+        let dialect = self.dialect_fixed.then(|| self.dialect());
+        self.id == spec.id
+            && self.endpoint == spec.endpoint
+            && self.role == spec.role
+            && self.weight == spec.weight.max(1)
+            && dialect == spec.dialect
     }
 
     /// Counts one request of `tokens` estimated prompt tokens until the guard is dropped.
@@ -183,6 +237,35 @@ impl Worker {
 impl Worker {
     /// Whether it may be chosen at `now` (on the table's clock).
     pub fn usable(&self, now: Duration) -> bool {
-        self.health.admits(now, self.in_flight())
+        self.health.admits(now, self.in_flight()) && !self.is_drained()
+    }
+
+    /// Whether an operator took it out of use.
+    pub fn is_drained(&self) -> bool {
+        self.load.drained.load(Ordering::Relaxed)
+    }
+
+    /// Takes it out of use, or back into use; requests it has go on. Whether that changed anything.
+    pub(super) fn set_drained(&self, drained: bool) -> bool {
+        self.load.drained.swap(drained, Ordering::Relaxed) != drained
+    }
+
+    /// The last changes of its condition, oldest first.
+    pub fn history(&self) -> Vec<Past> {
+        self.past().iter().copied().collect()
+    }
+
+    /// Remembers a change.
+    pub(super) fn remember(&self, change: Change) {
+        let mut past = self.past();
+        if past.len() == REMEMBERED {
+            past.pop_front();
+        }
+        past.push_back(Past { at: SystemTime::now(), change });
+    }
+
+    fn past(&self) -> MutexGuard<'_, VecDeque<Past>> {
+        // Whole entries come and go, so a poisoned list is as good as any.
+        self.load.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

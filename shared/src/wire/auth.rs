@@ -41,7 +41,7 @@ impl Purpose {
 }
 
 /// Shared keys: the first signs, all verify, so that keys can be rotated. Never printed.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Keys {
     keys: Vec<Vec<u8>>,
 }
