@@ -8,6 +8,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use baton_router::dialect::Api;
+use baton_router::dialect::era::Era;
 use baton_router::dialect::trtllm::{ClientRequest, ContextAnswer};
 use baton_shared::id::DisaggRequestId;
 use bytes::Bytes;
@@ -28,12 +29,12 @@ fn main() {
             ClientRequest::parse(Api::Completions, body.clone()).expect("it is an object");
         let ours = measure(|| {
             let request = ClientRequest::parse(Api::Completions, body.clone());
-            request.expect("it is an object").context(ID)
+            request.expect("it is an object").context(ID, Era::Main)
         });
         row(name, "context", ours, measure(|| values_context(&body)));
         let ours = measure(|| {
             let answer = ContextAnswer::parse(answer.clone(), ID).expect("it hands over");
-            request.generation(&answer)
+            request.generation(&answer, Era::Main)
         });
         row(name, "generation", ours, measure(|| values_generation(&body, &answer)));
     }

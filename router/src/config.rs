@@ -57,7 +57,17 @@ impl Loaded {
     /// # Errors
     /// The first mistake, with its line.
     pub fn read(file: &Path) -> Result<Self, ConfigError> {
-        if is_yaml(file) { upstream::load(file) } else { check::load(file) }
+        let mut loaded = if is_yaml(file) { upstream::load(file) } else { check::load(file) }?;
+        for (name, pool) in
+            [("context", &loaded.config.context), ("generation", &loaded.config.generation)]
+        {
+            if pool.policy == PolicyName::KvCacheAware {
+                let note =
+                    format!("{name}: kv_cache_aware (runs as prefix, KV events are not read)");
+                loaded.without_effect.push(note);
+            }
+        }
+        Ok(loaded)
     }
 }
 
@@ -131,7 +141,7 @@ pub struct RoutingConfig {
     /// Part of the ids this router mints, so that routers side by side differ; unset = random.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub node_id: Option<u8>,
-    /// Conditional disaggregation; 0 = off, anything else is not built yet.
+    /// Prompts of at most so many tokens, by estimate, go whole to one generation worker; 0 = off.
     pub max_local_prefill_length: u64,
 }
 
@@ -161,12 +171,13 @@ pub enum PolicyName {
     #[default]
     #[serde(alias = "load_balancing")]
     LeastLoaded,
-    /// Not built yet.
+    /// The less loaded of two at random.
     PowerOfTwo,
-    /// Not built yet; `kv_cache_aware` is upstream's name.
-    #[serde(alias = "kv_cache_aware")]
+    /// The one with the least load and the most of the prompt, as far as it went there before.
     Prefix,
-    /// Not built yet.
+    /// Upstream's; runs as `prefix`, as the workers' KV events are not read yet.
+    KvCacheAware,
+    /// The one the conversation went to before.
     Conversation,
 }
 
@@ -186,7 +197,7 @@ pub enum LoadMeasure {
 pub struct PoolConfig {
     /// How a server is chosen.
     pub policy: PolicyName,
-    /// What `least_loaded` compares; unset = tokens for context, requests for generation.
+    /// What all but `round_robin` compare; unset = tokens for context, requests for generation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub load: Option<LoadMeasure>,
     /// The servers, in order.
@@ -213,10 +224,10 @@ pub enum DialectChoice {
     /// Ours.
     #[serde(rename = "baton")]
     Baton,
-    /// Not built yet.
+    /// TensorRT-LLM up to 1.2.
     #[serde(rename = "trtllm-1.2")]
     Trtllm12,
-    /// Not built yet.
+    /// TensorRT-LLM 1.3 before its last release candidates.
     #[serde(rename = "trtllm-1.3")]
     Trtllm13,
     /// TensorRT-LLM main.

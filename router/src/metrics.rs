@@ -159,6 +159,7 @@ pub struct Metrics {
     hop_seconds: [Histogram; 2],
     retries: [Counter; 2],
     early_stops: Counter,
+    local_prefills: Counter,
     releases: Counter,
     orphaned_kv: Counter,
     refused_load: Counter,
@@ -236,6 +237,11 @@ impl Metrics {
                 "Requests whose text ended with the first token, answered without a generation worker.",
                 &[],
             ),
+            local_prefills: made.counter(
+                "baton_router_local_prefills_total",
+                "Requests whose short prompt was left to the generation worker.",
+                &[],
+            ),
             releases: made.counter(
                 "baton_router_releases_total",
                 "Leases given back because nobody will pull them.",
@@ -311,6 +317,11 @@ impl Metrics {
     /// The text ended with the first token.
     pub fn early_stop(&self) {
         self.early_stops.increment(1);
+    }
+
+    /// A short prompt was left to a generation worker.
+    pub fn local_prefill(&self) {
+        self.local_prefills.increment(1);
     }
 
     /// A lease was given back.

@@ -7,9 +7,7 @@ use baton_shared::config::units::Seconds;
 use baton_shared::config::{ConfigError, Document};
 use baton_shared::wire::auth::{Keys, KeysError};
 
-use super::{
-    DialectChoice, Loaded, PolicyName, PoolConfig, RouterConfig, ScheduleStyle, ServerEntry,
-};
+use super::{Loaded, PoolConfig, RouterConfig, ScheduleStyle, ServerEntry};
 use crate::admin::token::{Token, TokenError};
 use crate::table::Phase;
 
@@ -122,9 +120,6 @@ impl RouterConfig {
         if routing.schedule_style == ScheduleStyle::GenerationFirst {
             return Err(at("routing.schedule_style", LATER.to_owned()));
         }
-        if routing.max_local_prefill_length != 0 {
-            return Err(at("routing.max_local_prefill_length", LATER.to_owned()));
-        }
         positive(at, "routing.request_timeout", routing.request_timeout)?;
         positive(at, "routing.context_timeout", routing.context_timeout)?;
         positive(at, "routing.first_token_timeout", routing.first_token_timeout)?;
@@ -134,12 +129,6 @@ impl RouterConfig {
 
     fn check_pool(&self, phase: Phase, pool: &PoolConfig, at: At<'_>) -> Result<(), ConfigError> {
         let name = phase.as_str();
-        match pool.policy {
-            PolicyName::RoundRobin | PolicyName::LeastLoaded => {}
-            PolicyName::PowerOfTwo | PolicyName::Prefix | PolicyName::Conversation => {
-                return Err(at(&format!("{name}.policy"), LATER.to_owned()));
-            }
-        }
         if pool.servers.is_empty() {
             let rule = format!("needs at least one server: add `[[{name}.servers]]` with a `url`");
             return Err(at(&format!("{name}.servers"), rule));
@@ -207,12 +196,7 @@ fn check_entry(
     if !(1..=10_000).contains(&entry.weight) {
         return Err(at(&key(".weight"), "must be from 1 to 10000".to_owned()));
     }
-    match entry.dialect {
-        DialectChoice::Auto | DialectChoice::Baton | DialectChoice::TrtllmMain => Ok(()),
-        DialectChoice::Trtllm12 | DialectChoice::Trtllm13 => {
-            Err(at(&key(".dialect"), LATER.to_owned()))
-        }
-    }
+    Ok(())
 }
 
 fn positive(at: At<'_>, key: &str, value: Seconds) -> Result<(), ConfigError> {
@@ -232,6 +216,7 @@ fn at_least_one(at: At<'_>, key: &str, value: u64) -> Result<(), ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::PolicyName;
 
     /// Servers at the end, so that tests may put whole sections before them.
     const SERVERS: &str = "
@@ -262,8 +247,7 @@ url = \"localhost:8003\"
         for (section, values) in toml::Table::try_from(&config).unwrap() {
             assert!(text.contains(&format!("\n[{section}]")), "{section}");
             for key in values.as_table().unwrap().keys().filter(|key| *key != "servers") {
-                let is_named = text.contains(&format!("\n{key} = "));
-                assert_eq!(is_named, key != "max_local_prefill_length", "{section}.{key}");
+                assert!(text.contains(&format!("\n{key} = ")), "{section}.{key}");
             }
         }
     }
@@ -307,10 +291,6 @@ url = \"localhost:8003\"
     fn keys_that_are_not_built_say_so() {
         for text in [
             "[routing]\nschedule_style = \"generation_first\"\n",
-            "[routing]\nmax_local_prefill_length = 10\n",
-            "[context]\npolicy = \"prefix\"\n",
-            "[generation]\npolicy = \"kv_cache_aware\"\n",
-            "[[context.servers]]\nurl = \"h:1\"\ndialect = \"trtllm-1.2\"\n",
             "[[context.servers]]\nurl = \"https://h:1\"\n",
             "[server]\nlisten = \"systemd:http\"\n",
         ] {
@@ -355,8 +335,31 @@ url = \"localhost:8003\"
     }
 
     #[test]
-    fn upstreams_name_of_a_policy_is_accepted() {
-        let config = read(&format!("[context]\npolicy = \"load_balancing\"\n{SERVERS}")).unwrap();
-        assert_eq!(config.context.policy, PolicyName::LeastLoaded);
+    fn each_policy_and_upstreams_names_are_accepted() {
+        for (name, policy) in [
+            ("round_robin", PolicyName::RoundRobin),
+            ("least_loaded", PolicyName::LeastLoaded),
+            ("load_balancing", PolicyName::LeastLoaded),
+            ("power_of_two", PolicyName::PowerOfTwo),
+            ("prefix", PolicyName::Prefix),
+            ("kv_cache_aware", PolicyName::KvCacheAware),
+            ("conversation", PolicyName::Conversation),
+        ] {
+            for phase in ["context", "generation"] {
+                let config = read(&format!("[{phase}]\npolicy = \"{name}\"\n{SERVERS}")).unwrap();
+                let pool = if phase == "context" { config.context } else { config.generation };
+                assert_eq!(pool.policy, policy);
+            }
+        }
+    }
+
+    #[test]
+    fn that_kv_cache_aware_runs_as_prefix_is_said() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("router.toml");
+        std::fs::write(&file, format!("[generation]\npolicy = \"kv_cache_aware\"\n{SERVERS}"))
+            .unwrap();
+        let notes = Loaded::read(&file).unwrap().without_effect;
+        assert_eq!(notes, ["generation: kv_cache_aware (runs as prefix, KV events are not read)"]);
     }
 }

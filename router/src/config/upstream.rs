@@ -28,6 +28,7 @@ fn ours(theirs: DisaggConfig) -> Loaded {
         config.routing.attempts = theirs.max_retries + 1;
     }
     config.routing.node_id = theirs.node_id;
+    config.routing.max_local_prefill_length = theirs.max_local_prefill_length;
     config.context = pool(theirs.context);
     config.generation = pool(theirs.generation);
     let keys = theirs.internal_request_auth_key.map_or_else(Keys::none, Keys::single);
@@ -43,6 +44,12 @@ fn pool(theirs: ServerSection) -> PoolConfig {
         LoadBalancing::LeastLoaded { use_tokens: false } => {
             (PolicyName::LeastLoaded, Some(LoadMeasure::Requests))
         }
+        LoadBalancing::KvCacheAware { use_tokens } => {
+            let measure = if use_tokens { LoadMeasure::Tokens } else { LoadMeasure::Requests };
+            (PolicyName::KvCacheAware, Some(measure))
+        }
+        // Upstream's load here is estimated tokens, whatever the file says.
+        LoadBalancing::Conversation => (PolicyName::Conversation, Some(LoadMeasure::Tokens)),
     };
     PoolConfig { policy, load, servers: theirs.urls.into_iter().map(ServerEntry::new).collect() }
 }
@@ -76,8 +83,12 @@ mod tests {
     }
 
     #[test]
-    fn retries_node_and_key_are_taken_over() {
-        let loaded = read("max_retries: 0\nnode_id: 7\ninternal_request_auth_key: secret\n");
+    fn retries_node_key_and_short_prompts_are_taken_over() {
+        let loaded = read(
+            "max_retries: 0\nnode_id: 7\ninternal_request_auth_key: secret\n\
+             conditional_disagg_config: {max_local_prefill_length: 100}\n",
+        );
+        assert_eq!(loaded.config.routing.max_local_prefill_length, 100);
         assert_eq!(loaded.config.routing.attempts, 1);
         assert_eq!(loaded.config.routing.node_id, Some(7));
         assert!(loaded.keys.authenticate());

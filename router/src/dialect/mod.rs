@@ -1,9 +1,10 @@
 //! What workers are told and what they answer, as bytes: the protocol of two hops without any I/O.
 //!
 //! Baton's worker and TensorRT-LLM main take the same bodies ([`trtllm`]); Baton's in addition takes release
-//! calls and answers with codes of `baton_shared::wire::error`. Older dialects come as files beside [`trtllm`].
+//! calls and answers with codes of `baton_shared::wire::error`. What older workers do not know is in [`era`].
 
 pub mod early;
+pub mod era;
 pub mod trtllm;
 
 use bytes::Bytes;
@@ -46,7 +47,7 @@ pub fn takes_release(dialect: Dialect) -> bool {
         Dialect::Baton => true,
         // A worker that has not said yet what it is may hold a lease; it answers 404 if it does not know the call.
         Dialect::Unknown => true,
-        Dialect::TrtllmMain => false,
+        Dialect::Trtllm12 | Dialect::Trtllm13 | Dialect::TrtllmMain => false,
     }
 }
 

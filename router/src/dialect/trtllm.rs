@@ -1,4 +1,4 @@
-//! TensorRT-LLM main (and Baton): a client's request as context and as generation request, a context answer read.
+//! TensorRT-LLM (and Baton): a client's request as context and as generation request, a context answer read.
 //!
 //! A request keeps its bytes: only the members that the protocol changes are cut and set, at every place they
 //! occur. What a client sends as `disaggregated_params` is always overwritten.
@@ -8,8 +8,10 @@ use std::ops::Range;
 use baton_shared::id::DisaggRequestId;
 use bytes::Bytes;
 use serde::Deserialize;
+use serde_json::value::RawValue;
 
 use super::Api;
+use super::era::Era;
 use crate::splice::edit::{Members, join, splice};
 use crate::splice::scan::{Cursor, ScanError};
 
@@ -39,6 +41,8 @@ pub struct ClientRequest {
     /// Whether the prompt is a list of token ids.
     pub prompt_is_ids: bool,
     body: Bytes,
+    /// Where the prompt (or all messages) lies.
+    content: Range<usize>,
     open: usize,
     empty: bool,
     places: RequestPlaces,
@@ -51,6 +55,7 @@ struct RequestPlaces {
     stream: Places,
     stream_options: Places,
     disaggregated_params: Places,
+    conversation_params: Places,
 }
 
 impl ClientRequest {
@@ -60,18 +65,19 @@ impl ClientRequest {
     /// [`BadRequest`], to be answered with 400.
     pub fn parse(api: Api, body: Bytes) -> Result<Self, BadRequest> {
         let mut places = RequestPlaces::default();
-        let (mut empty, mut messages) = (true, 0);
+        let (mut empty, mut messages) = (true, 0..0);
         let mut cursor = Cursor::new(&body);
         cursor.object(|cursor, name| {
             empty = false;
             let value = cursor.skip()?;
             match name {
                 b"prompt" => places.prompt.push(value),
-                b"messages" => messages = value.len(),
+                b"messages" => messages = value,
                 b"prompt_token_ids" => places.prompt_token_ids.push(value),
                 b"stream" => places.stream.push(value),
                 b"stream_options" => places.stream_options.push(value),
                 b"disaggregated_params" => places.disaggregated_params.push(value),
+                b"conversation_params" => places.conversation_params.push(value),
                 _ => {}
             }
             Ok::<(), ScanError>(())
@@ -83,12 +89,32 @@ impl ClientRequest {
             Some(_) => return Err(BadRequest::Stream),
         };
         let open = body.iter().position(|byte| *byte == b'{').unwrap_or_default();
-        let (prompt_bytes, prompt_is_ids) = match (api, places.prompt.last()) {
-            (Api::Completions, Some(place)) => (place.len(), body[place.start] == b'['),
-            (Api::Completions, None) => (0, false),
+        let (content, prompt_is_ids) = match (api, places.prompt.last()) {
+            (Api::Completions, Some(place)) => (place.clone(), body[place.start] == b'['),
+            (Api::Completions, None) => (0..0, false),
             (Api::Chat, _) => (messages, false),
         };
-        Ok(Self { api, stream, prompt_bytes, prompt_is_ids, body, open, empty, places })
+        let prompt_bytes = content.len();
+        Ok(Self { api, stream, prompt_bytes, prompt_is_ids, body, content, open, empty, places })
+    }
+
+    /// The prompt (or all messages) as JSON.
+    pub fn content(&self) -> &[u8] {
+        &self.body[self.content.clone()]
+    }
+
+    /// `conversation_params.conversation_id`, as JSON text.
+    pub fn conversation_id(&self) -> Option<&str> {
+        #[derive(Deserialize)]
+        struct Params<'a> {
+            #[serde(borrow)]
+            conversation_id: Option<&'a RawValue>,
+        }
+        let place = self.places.conversation_params.last()?;
+        let params: Option<Params<'_>> = serde_json::from_slice(&self.body[place.clone()]).ok()?;
+        let id = params?.conversation_id?.get();
+        // What is no text, or says nothing, is no id.
+        (id.starts_with('"') && id.len() > 2).then_some(id)
     }
 
     /// Whether a streamed answer is to end with the token counts.
@@ -104,11 +130,19 @@ impl ClientRequest {
         })
     }
 
-    /// The body of a context request with this id.
-    pub fn context(&self, id: DisaggRequestId) -> Vec<Bytes> {
-        let params = format!(
-            "{{\"request_type\":\"context_only\",\"disagg_request_id\":{id},\"schedule_style\":0}}"
-        );
+    /// The body for a worker that does both phases.
+    pub fn whole(&self) -> Vec<Bytes> {
+        let mut members = Members::of(self.open, self.empty);
+        if !self.places.disaggregated_params.is_empty() {
+            let null = vec![Bytes::from_static(b"null")];
+            members.set(DISAGGREGATED_PARAMS, &self.places.disaggregated_params, null);
+        }
+        join(splice(&self.body, 0..self.body.len(), members.into_edits()))
+    }
+
+    /// The body of a context request with this id for a worker of this age.
+    pub fn context(&self, id: DisaggRequestId, era: Era) -> Vec<Bytes> {
+        let params = era.context_params(id);
         let mut members = Members::of(self.open, self.empty);
         let places = &self.places;
         members.set(DISAGGREGATED_PARAMS, &places.disaggregated_params, vec![params.into()]);
@@ -121,11 +155,11 @@ impl ClientRequest {
         join(splice(&self.body, 0..self.body.len(), members.into_edits()))
     }
 
-    /// The body of the generation request that goes on from `context`.
-    pub fn generation(&self, context: &ContextAnswer) -> Vec<Bytes> {
+    /// The body of the generation request that goes on from `context`, for a worker of this age.
+    pub fn generation(&self, context: &ContextAnswer, era: Era) -> Vec<Bytes> {
         let mut members = Members::of(self.open, self.empty);
         let places = &self.places;
-        let params = context.generation_params();
+        let params = context.generation_params(era);
         members.set(DISAGGREGATED_PARAMS, &places.disaggregated_params, params);
         match (self.api, &context.prompt_token_ids, &context.prompt_token_ids_b64) {
             (Api::Completions, Some(ids), _) => {
@@ -190,6 +224,8 @@ pub(super) struct Found {
     pub(super) logprobs: Option<Range<usize>>,
     params: Option<Range<usize>>,
     params_empty: bool,
+    /// Whether the params name a conversation.
+    conversation: bool,
     request_type: Places,
     disagg_request_id: Places,
     schedule_style: Places,
@@ -289,9 +325,12 @@ impl ContextAnswer {
     }
 
     /// The choice's `disaggregated_params`, turned into a generation request's.
-    fn generation_params(&self) -> Vec<Bytes> {
+    fn generation_params(&self, era: Era) -> Vec<Bytes> {
         let found = &self.found;
         let Some(params) = &found.params else { return vec![Bytes::from_static(b"null")] };
+        if era < Era::Main || found.conversation {
+            return self.known_params(params, era);
+        }
         let usage = match &found.usage {
             Some(place) => self.slice(place),
             None => Bytes::from_static(b"null"),
@@ -304,6 +343,39 @@ impl ContextAnswer {
         members.set("\"schedule_style\":", &found.schedule_style, literal("0"));
         members.set("\"ctx_usage\":", &found.ctx_usage, vec![usage]);
         splice(&self.body, params.clone(), members.into_edits())
+    }
+
+    /// The same, of the answer's members only those that the age knows.
+    fn known_params(&self, params: &Range<usize>, era: Era) -> Vec<Bytes> {
+        let fixed = Bytes::from_static;
+        let usage = || self.found.usage.as_ref().map_or(fixed(b"null"), |at| self.slice(at));
+        let mut pieces = vec![fixed(b"{\"request_type\":\"generation_only\"")];
+        if era >= Era::V13 {
+            pieces.push(format!(",\"disagg_request_id\":{}", self.id).into());
+        }
+        if era == Era::Main {
+            pieces.extend([fixed(b",\"schedule_style\":0,\"ctx_usage\":"), usage()]);
+        }
+        let mut cursor = Cursor::new(&self.body[params.clone()]);
+        let read = cursor.object(|cursor, name| {
+            let value = cursor.skip()?;
+            let value = params.start + value.start..params.start + value.end;
+            let value = match name {
+                b"request_type" | b"disagg_request_id" => return Ok(()),
+                b"schedule_style" | b"ctx_usage" if era == Era::Main => return Ok(()),
+                b"schedule_style" => fixed(b"0"),
+                b"ctx_usage" => usage(),
+                _ => self.slice(&value),
+            };
+            if era.knows(name) {
+                let name = String::from_utf8_lossy(name);
+                pieces.extend([format!(",\"{name}\":").into(), value]);
+            }
+            Ok::<(), ScanError>(())
+        });
+        debug_assert!(read.is_ok(), "the answer was scanned before");
+        pieces.push(fixed(b"}"));
+        pieces
     }
 }
 
@@ -359,6 +431,10 @@ fn read_params(cursor: &mut Cursor<'_>, found: &mut Found) -> Result<(), ScanErr
             b"ctx_request_id" => found.ctx_request_id = present(cursor)?,
             b"encoded_opaque_state" => found.opaque_state = present(cursor)?,
             b"ctx_info_endpoint" => found.info_endpoint = present(cursor)?,
+            b"conversation_id" => {
+                found.conversation = true;
+                cursor.skip()?;
+            }
             _ => return cursor.skip().map(|_| ()),
         }
         Ok(())

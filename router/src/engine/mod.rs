@@ -6,6 +6,7 @@
 
 mod ctx;
 pub mod downstream;
+mod features;
 mod hop;
 mod lease;
 pub mod plan;
@@ -176,7 +177,10 @@ impl Router {
         };
         self.0.metrics.request_is(request.stream);
         let lines = cx.lines();
-        let route = Route::new(&self.0, &config, &request, &lines, deadline, &mut cx.trail);
+        let headers = &downstream.core().req_header().headers;
+        let features = features::features(&request, headers, &config);
+        let route =
+            Route::new(&self.0, &config, &request, features, &lines, deadline, &mut cx.trail);
         let routed = tokio::select! {
             biased;
             routed = Box::pin(route.run()) => routed,
@@ -338,6 +342,8 @@ fn endpoint(api: Api) -> Endpoint {
     }
 }
 
+#[cfg(test)]
+mod choice_tests;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]

@@ -19,6 +19,7 @@ use crate::client::head::ContentType;
 use crate::client::{self, Exchange};
 use crate::config::RouterConfig;
 use crate::dialect::early;
+use crate::dialect::era::Era;
 use crate::dialect::trtllm::{ClientRequest, ContextAnswer};
 use crate::health::Outcome;
 use crate::metrics::HopOutcome;
@@ -90,16 +91,11 @@ impl<'a> Route<'a> {
         shared: &'a Shared,
         config: &'a RouterConfig,
         request: &'a ClientRequest,
+        features: Features,
         lines: &'a str,
         deadline: Instant,
         trail: &'a mut Trail,
     ) -> Self {
-        let features = if request.prompt_is_ids {
-            // An id and its comma.
-            Features::of_tokens(request.prompt_bytes / 6)
-        } else {
-            Features::of_text(request.prompt_bytes)
-        };
         let progress = Progress::new(config.routing.attempts);
         let (phase, queues) = (Phase::Context, [Queue::default(); 2]);
         Self { shared, config, request, lines, deadline, trail, phase, features, progress, queues }
@@ -119,6 +115,13 @@ impl<'a> Route<'a> {
     }
 
     async fn passes(&mut self) -> Routed {
+        if self.is_local() {
+            self.shared.metrics.local_prefill();
+            // Otherwise the worker said that there is no record: there was none, so take the long way.
+            if let Generated::Routed(routed) = self.generation(None).await {
+                return routed;
+            }
+        }
         let mut tried = Tried::default();
         loop {
             let (mut lease, answer) = match self.context(&mut tried).await {
@@ -129,7 +132,7 @@ impl<'a> Route<'a> {
                 lease.settle();
                 return self.early_stop(&answer);
             }
-            match self.generation(&mut lease, answer).await {
+            match self.generation(Some((&mut lease, &answer))).await {
                 Generated::Routed(routed) => return routed,
                 Generated::Lost { blame_context } => {
                     if blame_context {
@@ -142,6 +145,12 @@ impl<'a> Route<'a> {
                 }
             }
         }
+    }
+
+    /// Whether the prompt is so short that one generation worker does all of it.
+    fn is_local(&self) -> bool {
+        let most = self.config.routing.max_local_prefill_length;
+        most > 0 && self.features.prompt_tokens <= most
     }
 
     fn early_stop(&self, answer: &ContextAnswer) -> Routed {
@@ -196,7 +205,7 @@ impl<'a> Route<'a> {
             let id = self.shared.mint_id();
             lease.sent(id);
             sent = Some(id);
-            self.request.context(id)
+            self.request.context(id, Era::of(worker.dialect()))
         };
         let addresses = hop::addresses(worker);
         let exchange = client::send(&addresses, head, self.lines.as_bytes(), body);
@@ -211,12 +220,13 @@ impl<'a> Route<'a> {
         Ok(answer)
     }
 
-    /// Asks generation workers until one has begun to answer, or the record is lost.
-    async fn generation(&mut self, lease: &mut Lease, answer: ContextAnswer) -> Generated {
+    /// Asks generation workers until one has begun to answer, or the record is lost. Without a record they are to do
+    /// the whole request.
+    async fn generation(&mut self, record: Option<(&mut Lease, &ContextAnswer)>) -> Generated {
         self.phase = Phase::Generation;
-        let body = self.request.generation(&answer);
-        let lines = self.generation_lines(&answer);
-        drop(answer);
+        let (mut lease, answer) = record.unzip();
+        let lines = answer.map(|answer| self.generation_lines(answer));
+        let lines = lines.as_deref().unwrap_or(self.lines);
         let mut tried = Tried::default();
         loop {
             let worker = match self.choose(&mut tried).await {
@@ -226,15 +236,19 @@ impl<'a> Route<'a> {
             tried.add(&worker);
             self.trail.generation = Some(Arc::clone(&worker));
             let hop = self.begin(&worker);
-            match self.ask_generation(&worker, &lines, &body).await {
+            let body = match answer {
+                Some(answer) => self.request.generation(answer, Era::of(worker.dialect())),
+                None => self.request.whole(),
+            };
+            match self.ask_generation(&worker, lines, &body).await {
                 Ok(Begun::Whole(reply)) => {
-                    lease.settle();
+                    lease.as_mut().into_iter().for_each(|lease| lease.settle());
                     hop.end(HopOutcome::Ok);
                     self.shared.table.report(&worker, Outcome::Served);
                     return Generated::Routed(Routed::Reply(reply));
                 }
                 Ok(Begun::Stream(exchange, first)) => {
-                    lease.settle();
+                    lease.as_mut().into_iter().for_each(|lease| lease.settle());
                     self.shared.table.report(&worker, Outcome::Served);
                     let stream = Stream { exchange, first, hop, worker };
                     return Generated::Routed(Routed::Stream(Box::new(stream)));

@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 use super::Event;
 use super::get::{GetError, Reply, get, resolve};
 use crate::config::HealthConfig;
+use crate::dialect::era;
 use crate::table::Table;
 use crate::table::worker::{Dialect, Worker};
 
@@ -139,11 +140,11 @@ fn judge(answer: &Result<Reply, GetError>) -> Event {
     }
 }
 
-/// Asks `/server_info`, then `/version`; a worker that answers neither stays unknown and is asked again.
+/// Asks `/server_info`, then `/version` if it is not ours; a worker that answers neither stays unknown and is asked again.
 async fn learn_dialect(worker: &Worker, timeout: Duration) {
     let info = get(worker, "/server_info", timeout).await;
     let version = match &info {
-        Ok(reply) if reply.status == 200 => None,
+        Ok(reply) if dialect_of(Some(reply), None) == Dialect::Baton => None,
         Ok(_) => get(worker, "/version", timeout).await.ok(),
         Err(_) => return,
     };
@@ -154,17 +155,20 @@ async fn learn_dialect(worker: &Worker, timeout: Duration) {
     }
 }
 
-/// Baton names itself in `/server_info`; whoever else answers one of the two is taken for TensorRT-LLM.
+/// Baton names itself in `/server_info`; whoever else answers one of the two is taken for TensorRT-LLM of the age
+/// that its version tells.
 fn dialect_of(info: Option<&Reply>, version: Option<&Reply>) -> Dialect {
     let json = |reply: &Reply| serde_json::from_slice::<serde_json::Value>(&reply.body).ok();
     let is_ok = |reply: &&Reply| reply.status == 200;
-    if let Some(info) = info.filter(is_ok).and_then(json) {
-        let baton = info.get("baton").and_then(|baton| baton.get("version"));
-        return if baton.is_some() { Dialect::Baton } else { Dialect::TrtllmMain };
+    let info = info.filter(is_ok).and_then(json);
+    let version = version.filter(is_ok).and_then(json);
+    if info.as_ref().is_some_and(|info| info.pointer("/baton/version").is_some()) {
+        return Dialect::Baton;
     }
-    match version.filter(is_ok).and_then(json) {
-        Some(version) if version.get("version").is_some() => Dialect::TrtllmMain,
-        Some(_) | None => Dialect::Unknown,
+    match version.as_ref().and_then(|version| version.get("version")) {
+        Some(version) => era::of_version(version.as_str().unwrap_or_default()),
+        None if info.is_some() => Dialect::TrtllmMain,
+        None => Dialect::Unknown,
     }
 }
 
@@ -189,6 +193,10 @@ mod tests {
         let version = reply(200, r#"{"version":"1.4.0"}"#);
         assert_eq!(dialect_of(Some(&reply(404, "")), Some(&version)), Dialect::TrtllmMain);
         assert_eq!(dialect_of(Some(&reply(404, "")), Some(&reply(404, ""))), Dialect::Unknown);
+        let old = reply(200, r#"{"version":"1.2.1"}"#);
+        for info in [reply(404, ""), reply(200, "{}")] {
+            assert_eq!(dialect_of(Some(&info), Some(&old)), Dialect::Trtllm12);
+        }
     }
 
     #[test]

@@ -1,15 +1,25 @@
-//! Which worker gets a request: pure functions over candidates, request features and what was tried.
+//! Which worker gets a request: pure functions over candidates, request features, what was tried, and what went where.
 //!
 //! Only usable workers are chosen: first those that were not tried, then those that are only in doubt, last those that
 //! failed this very request. Load, weights and ties are each policy's business.
 
+mod conversation;
 mod least_loaded;
+mod marks;
+mod power_of_two;
+mod prefix;
 mod round_robin;
+mod seen;
+mod share;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::config::{LoadMeasure, PolicyName};
+pub use self::marks::Marks;
+pub use self::seen::Seen;
+use self::share::Share;
+use crate::config::{LoadMeasure, PolicyName, RouterConfig};
+use crate::table::Phase;
 use crate::table::worker::Worker;
 
 /// How to choose.
@@ -19,6 +29,12 @@ pub enum Policy {
     RoundRobin,
     /// Least load for its weight; ties in turn.
     LeastLoaded(LoadMeasure),
+    /// The less loaded of two at random.
+    PowerOfTwo(LoadMeasure),
+    /// Least load and unseen prompt for its weight; ties in turn.
+    Prefix(LoadMeasure),
+    /// The conversation's worker, else the least load for its weight.
+    Conversation(LoadMeasure),
 }
 
 impl Policy {
@@ -26,31 +42,72 @@ impl Policy {
     pub fn new(name: PolicyName, load: LoadMeasure) -> Self {
         match name {
             PolicyName::RoundRobin => Self::RoundRobin,
-            // The others are refused when the configuration is read.
-            PolicyName::LeastLoaded
-            | PolicyName::PowerOfTwo
-            | PolicyName::Prefix
-            | PolicyName::Conversation => Self::LeastLoaded(load),
+            PolicyName::LeastLoaded => Self::LeastLoaded(load),
+            PolicyName::PowerOfTwo => Self::PowerOfTwo(load),
+            PolicyName::Prefix | PolicyName::KvCacheAware => Self::Prefix(load),
+            PolicyName::Conversation => Self::Conversation(load),
+        }
+    }
+
+    /// The policy of one phase.
+    pub fn of(config: &RouterConfig, phase: Phase) -> Self {
+        let pool = match phase {
+            Phase::Context => &config.context,
+            Phase::Generation => &config.generation,
+        };
+        Self::new(pool.policy, pool.load_measure(phase))
+    }
+
+    /// Whether it looks at [`Features::marks`] of a request that says so much of its conversation.
+    pub fn reads_prompts(self, conversation: Option<u64>) -> bool {
+        match self {
+            Self::RoundRobin | Self::LeastLoaded(_) | Self::PowerOfTwo(_) => false,
+            Self::Prefix(_) => true,
+            Self::Conversation(_) => conversation.is_none(),
         }
     }
 }
 
 /// What a policy knows of a request.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Features {
     /// Prompt tokens: counted where ids are known, else estimated.
     pub prompt_tokens: u64,
+    /// What the conversation it belongs to is known by, if its client says so: [`Features::conversation_of`].
+    pub conversation: Option<u64>,
+    /// The prompt's beginnings, if a policy asks for them.
+    pub marks: Marks,
 }
 
 impl Features {
     /// Of a prompt of `bytes` bytes of text, at four bytes a token.
     pub fn of_text(bytes: usize) -> Self {
-        Self { prompt_tokens: (bytes as u64).div_ceil(4) }
+        Self { prompt_tokens: (bytes as u64).div_ceil(4), ..Self::default() }
     }
 
     /// Of a prompt of `count` token ids.
     pub fn of_tokens(count: usize) -> Self {
-        Self { prompt_tokens: count as u64 }
+        Self { prompt_tokens: count as u64, ..Self::default() }
+    }
+
+    /// Takes down the prompt's beginnings.
+    pub fn read(&mut self, prompt: &[u8]) {
+        self.marks = Marks::of(prompt);
+    }
+
+    /// What a conversation of this id is known by.
+    pub fn conversation_of(id: &[u8]) -> u64 {
+        marks::conversation(id)
+    }
+}
+
+/// How much of one prompt each worker saw: slot and bytes, the most first.
+#[derive(Debug, Default)]
+struct Matches(Vec<(usize, usize)>);
+
+impl Matches {
+    fn of(&self, slot: usize) -> Option<usize> {
+        self.0.iter().find(|(other, _)| *other == slot).map(|(_, length)| *length)
     }
 }
 
@@ -129,14 +186,34 @@ pub fn pick(
     policy: Policy,
     candidates: &[Arc<Worker>],
     features: &Features,
+    seen: &Seen,
     tried: &Tried,
     now: Duration,
     turn: u64,
 ) -> Option<Choice> {
-    let choose = |fits: &dyn Fn(&Worker) -> bool| match policy {
-        Policy::RoundRobin => round_robin::pick(candidates, fits, turn),
-        Policy::LeastLoaded(measure) => {
-            least_loaded::pick(candidates, fits, measure, features, turn)
+    let matches = match policy {
+        Policy::Prefix(_) => prefix::matches(features, seen),
+        _ => Matches::default(),
+    };
+    let choose = |fits: &dyn Fn(&Worker) -> bool| {
+        let least = |measure| {
+            let share = |worker: &Worker| Share::of(worker, measure, features);
+            least_loaded::pick(candidates, fits, &share, turn)
+        };
+        match policy {
+            Policy::RoundRobin => round_robin::pick(candidates, fits, turn),
+            Policy::LeastLoaded(measure) => least(measure),
+            Policy::PowerOfTwo(measure) => {
+                let share = |worker: &Worker| Share::of(worker, measure, features);
+                power_of_two::pick(candidates, fits, &share, turn)
+            }
+            Policy::Prefix(measure) => {
+                let share = |worker: &Worker| prefix::share(worker, measure, features, &matches);
+                least_loaded::pick(candidates, fits, &share, turn)
+            }
+            Policy::Conversation(measure) => {
+                conversation::pick(candidates, fits, features, seen).or_else(|| least(measure))
+            }
         }
     };
     let fresh = choose(&|worker| worker.usable(now) && !tried.contains(worker));
@@ -146,136 +223,18 @@ pub fn pick(
     Some(Choice { index, again: fresh.is_none() })
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::HealthConfig;
-    use crate::health::Event;
-    use crate::table::worker::WorkerSpec;
-    use baton_shared::config::net::Endpoint;
-    use baton_shared::role::Role;
-
-    const NOW: Duration = Duration::from_secs(1);
-
-    fn worker(slot: usize, weight: u32) -> Arc<Worker> {
-        let endpoint: Endpoint = format!("w:{}", slot + 1).parse().unwrap();
-        let id = endpoint.to_string().parse().unwrap();
-        let spec = WorkerSpec { id, endpoint, role: Role::Context, weight, dialect: None };
-        let worker = Arc::new(Worker::new(spec, slot));
-        set(&worker, Event::ProbeOk);
-        worker
-    }
-
-    fn set(worker: &Worker, event: Event) {
-        worker.health.apply(event, NOW, &HealthConfig::default(), || true);
-    }
-
-    fn workers(weights: &[u32]) -> Vec<Arc<Worker>> {
-        weights.iter().enumerate().map(|(slot, weight)| worker(slot, *weight)).collect()
-    }
-
-    fn pick_at(policy: Policy, pool: &[Arc<Worker>], tried: &Tried, turn: u64) -> Option<usize> {
-        pick(policy, pool, &Features::of_tokens(10), tried, NOW, turn).map(|choice| choice.index)
-    }
-
-    const ALL: [Policy; 3] = [
-        Policy::RoundRobin,
-        Policy::LeastLoaded(LoadMeasure::Requests),
-        Policy::LeastLoaded(LoadMeasure::Tokens),
-    ];
-
-    #[test]
-    fn an_unusable_worker_is_never_chosen() {
-        for policy in ALL {
-            let pool = workers(&[1, 1, 1]);
-            set(&pool[1], Event::Refused);
-            for turn in 0..20 {
-                assert_ne!(pick_at(policy, &pool, &Tried::default(), turn), Some(1));
+/// Remembers that the request goes to `worker`, for the policies that ask.
+pub fn remember(policy: Policy, features: &Features, seen: &Seen, worker: &Worker) {
+    match (policy, features.conversation) {
+        (Policy::Conversation(_), Some(id)) => seen.remember(id, worker.slot),
+        (Policy::Prefix(_) | Policy::Conversation(_), _) => {
+            for (_, hash) in features.marks.longest_first() {
+                seen.remember(hash, worker.slot);
             }
-            pool.iter().for_each(|worker| set(worker, Event::Refused));
-            assert_eq!(pick_at(policy, &pool, &Tried::default(), 0), None);
         }
-    }
-
-    #[test]
-    fn a_tried_worker_comes_last_but_comes() {
-        for policy in ALL {
-            let pool = workers(&[1, 1, 1, 1, 1, 1]);
-            let mut tried = Tried::default();
-            let mut seen = Vec::new();
-            for turn in 0..6 {
-                let choice = pick(policy, &pool, &Features::default(), &tried, NOW, turn).unwrap();
-                assert!(!choice.again);
-                tried.add(&pool[choice.index]);
-                seen.push(choice.index);
-            }
-            seen.sort_unstable();
-            assert_eq!(seen, [0, 1, 2, 3, 4, 5]);
-            let again = pick(policy, &pool, &Features::default(), &tried, NOW, 6).unwrap();
-            assert!(again.again);
-        }
-    }
-
-    #[test]
-    fn a_worker_in_doubt_comes_before_one_that_failed_and_after_one_that_was_not_tried() {
-        for policy in ALL {
-            let pool = workers(&[1, 1, 1]);
-            let mut tried = Tried::default();
-            tried.add(&pool[0]);
-            tried.add(&pool[1]);
-            tried.doubt(&pool[1]);
-            for turn in 0..6 {
-                assert_eq!(pick_at(policy, &pool, &tried, turn), Some(2));
-            }
-            set(&pool[2], Event::Refused);
-            for turn in 0..6 {
-                assert_eq!(pick_at(policy, &pool, &tried, turn), Some(1));
-            }
-            set(&pool[1], Event::Refused);
-            assert_eq!(pick_at(policy, &pool, &tried, 0), Some(0));
-            tried.forget(&pool[0]);
-            assert!(!tried.contains(&pool[0]) && tried.contains(&pool[1]));
-        }
-    }
-
-    #[test]
-    fn work_is_shared_by_weight() {
-        for policy in ALL {
-            let pool = workers(&[1, 3]);
-            let mut guards = Vec::new();
-            let mut counts = [0u32; 2];
-            for turn in 0..400 {
-                let index = pick_at(policy, &pool, &Tried::default(), turn).unwrap();
-                counts[index] += 1;
-                guards.push(pool[index].begin(10));
-            }
-            assert_eq!(counts, [100, 300], "{policy:?}");
-        }
-    }
-
-    #[test]
-    fn an_empty_pool_has_no_choice() {
-        for policy in ALL {
-            assert_eq!(pick_at(policy, &[], &Tried::default(), 3), None);
-        }
-    }
-
-    #[test]
-    fn guards_take_back_what_they_counted() {
-        let worker = worker(0, 1);
-        let guard = worker.begin(7);
-        assert_eq!((worker.in_flight(), worker.queued_tokens()), (1, 7));
-        drop(guard);
-        assert_eq!((worker.in_flight(), worker.queued_tokens()), (0, 0));
-    }
-
-    #[test]
-    fn least_loaded_follows_tokens_or_requests_as_told() {
-        let pool = workers(&[1, 1]);
-        let _long = pool[0].begin(1000);
-        let _short = (pool[1].begin(1), pool[1].begin(1));
-        let choose = |measure| pick_at(Policy::LeastLoaded(measure), &pool, &Tried::default(), 0);
-        assert_eq!(choose(LoadMeasure::Tokens), Some(1));
-        assert_eq!(choose(LoadMeasure::Requests), Some(0));
+        (Policy::RoundRobin | Policy::LeastLoaded(_) | Policy::PowerOfTwo(_), _) => {}
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -24,7 +24,7 @@ use self::publish::Publisher;
 use self::worker::Worker;
 use crate::config::RouterConfig;
 use crate::health::{Event, Outcome};
-use crate::policy::{self, Features, Policy, Tried};
+use crate::policy::{self, Features, Policy, Seen, Tried};
 
 /// Which half of a request a worker is wanted for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -78,11 +78,7 @@ impl RoutingTable {
 
     /// The policy of one phase.
     pub fn policy(&self, phase: Phase) -> Policy {
-        let pool = match phase {
-            Phase::Context => &self.config.context,
-            Phase::Generation => &self.config.generation,
-        };
-        Policy::new(pool.policy, pool.load_measure(phase))
+        Policy::of(&self.config, phase)
     }
 
     /// Workers of a phase that may be chosen at `now`.
@@ -117,6 +113,8 @@ pub struct Table {
     publisher: Publisher,
     started: Instant,
     turns: [AtomicU64; 2],
+    /// What went where, for the policies that ask; outlasts snapshots.
+    seen: [Seen; 2],
     /// A worker became usable.
     recovered: Notify,
     /// The prober has something to do now.
@@ -132,6 +130,7 @@ impl Table {
             publisher,
             started: Instant::now(),
             turns: [AtomicU64::new(0), AtomicU64::new(0)],
+            seen: Default::default(),
             recovered: Notify::new(),
             probe_wanted: Notify::new(),
         })
@@ -156,15 +155,12 @@ impl Table {
     pub fn pick(&self, phase: Phase, features: &Features, tried: &Tried) -> Option<Arc<Worker>> {
         let table = self.snapshot();
         let turn = self.turns[phase as usize].fetch_add(1, Ordering::Relaxed);
-        let choice = policy::pick(
-            table.policy(phase),
-            table.pool(phase),
-            features,
-            tried,
-            self.now(),
-            turn,
-        )?;
-        table.pool(phase).get(choice.index).cloned()
+        let (policy, pool, seen) =
+            (table.policy(phase), table.pool(phase), &self.seen[phase as usize]);
+        let choice = policy::pick(policy, pool, features, seen, tried, self.now(), turn)?;
+        let worker = pool.get(choice.index)?;
+        policy::remember(policy, features, seen, worker);
+        Some(Arc::clone(worker))
     }
 
     /// Waits until some worker of `phase` is usable, at most until `deadline`. `false` = still none.

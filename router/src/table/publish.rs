@@ -161,9 +161,9 @@ fn spec(entry: &ServerEntry, id: &WorkerId, role: Role) -> WorkerSpec {
         dialect: match entry.dialect {
             DialectChoice::Auto => None,
             DialectChoice::Baton => Some(Dialect::Baton),
-            DialectChoice::Trtllm12 | DialectChoice::Trtllm13 | DialectChoice::TrtllmMain => {
-                Some(Dialect::TrtllmMain)
-            }
+            DialectChoice::Trtllm12 => Some(Dialect::Trtllm12),
+            DialectChoice::Trtllm13 => Some(Dialect::Trtllm13),
+            DialectChoice::TrtllmMain => Some(Dialect::TrtllmMain),
         },
     }
 }

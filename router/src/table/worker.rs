@@ -27,6 +27,10 @@ pub enum Dialect {
     Unknown,
     /// Ours: TensorRT-LLM main plus release and error codes.
     Baton,
+    /// TensorRT-LLM up to 1.2.
+    Trtllm12,
+    /// TensorRT-LLM 1.3 before its last release candidates.
+    Trtllm13,
     /// TensorRT-LLM main.
     TrtllmMain,
 }
@@ -37,6 +41,8 @@ impl Dialect {
         match self {
             Self::Unknown => "unknown",
             Self::Baton => "baton",
+            Self::Trtllm12 => "trtllm-1.2",
+            Self::Trtllm13 => "trtllm-1.3",
             Self::TrtllmMain => "trtllm-main",
         }
     }
@@ -208,6 +214,8 @@ impl Worker {
     pub fn dialect(&self) -> Dialect {
         match self.dialect.load(Ordering::Relaxed) {
             d if d == Dialect::Baton as u8 => Dialect::Baton,
+            d if d == Dialect::Trtllm12 as u8 => Dialect::Trtllm12,
+            d if d == Dialect::Trtllm13 as u8 => Dialect::Trtllm13,
             d if d == Dialect::TrtllmMain as u8 => Dialect::TrtllmMain,
             _ => Dialect::Unknown,
         }

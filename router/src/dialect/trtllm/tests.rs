@@ -46,7 +46,7 @@ fn a_context_request_changes_three_members_and_nothing_else() {
     let body =
         r#" {"model":"M", "prompt":"a\"b\\","max_tokens":16,"x":{"stream":true},"temperature":0} "#;
     let request = client(Api::Completions, body);
-    let text = request.context(ID).concat();
+    let text = request.context(ID, Era::Main).concat();
     let tail = &body[body.find("\"model\"").unwrap()..];
     assert!(String::from_utf8(text.clone()).unwrap().ends_with(tail), "the rest is untouched");
     let mut expected: Value = serde_json::from_str(body).unwrap();
@@ -63,9 +63,9 @@ fn what_a_client_says_of_the_protocol_is_overwritten_wherever_it_stands() {
         "stream_options":{"include_usage":true},"stream":true,"disaggregated_params":7,"prompt":"p"}"#;
     let request = client(Api::Completions, body);
     assert!(request.stream && request.wants_usage());
-    let text = String::from_utf8(request.context(ID).concat()).unwrap();
+    let text = String::from_utf8(request.context(ID, Era::Main).concat()).unwrap();
     assert!(!text.contains("evil") && !text.contains("true") && !text.contains(":7"), "{text}");
-    let generation = request.generation(&parse(&context_answer(&params())));
+    let generation = request.generation(&parse(&context_answer(&params())), Era::Main);
     let text = String::from_utf8(generation.concat()).unwrap();
     assert!(!text.contains("evil") && !text.contains(":7"), "{text}");
     assert_eq!(text.matches("generation_only").count(), 2);
@@ -75,8 +75,8 @@ fn what_a_client_says_of_the_protocol_is_overwritten_wherever_it_stands() {
 fn an_empty_object_becomes_a_request_too() {
     for body in ["{}", " { } "] {
         let request = client(Api::Completions, body);
-        assert_eq!(read(request.context(ID)).as_object().unwrap().len(), 3);
-        let generation = read(request.generation(&parse(&context_answer(&params()))));
+        assert_eq!(read(request.context(ID, Era::Main)).as_object().unwrap().len(), 3);
+        let generation = read(request.generation(&parse(&context_answer(&params())), Era::Main));
         assert_eq!(generation["prompt"], json!([1, 405, 13044]));
     }
 }
@@ -85,7 +85,7 @@ fn an_empty_object_becomes_a_request_too() {
 fn a_generation_completion_has_ids_for_a_prompt_and_the_choices_params() {
     let request =
         client(Api::Completions, r#"{"prompt":"NVIDIA is","max_tokens":16,"stream":true}"#);
-    let generation = read(request.generation(&parse(&context_answer(&params()))));
+    let generation = read(request.generation(&parse(&context_answer(&params())), Era::Main));
     let mut expected = params();
     expected["request_type"] = json!("generation_only");
     expected["schedule_style"] = json!(0);
@@ -101,7 +101,7 @@ fn a_generation_completion_has_ids_for_a_prompt_and_the_choices_params() {
 fn a_generation_chat_keeps_its_messages_and_gets_ids_beside_them() {
     let body = r#"{"messages":[{"role":"user","content":"hi"}],"prompt_token_ids":[9]}"#;
     let request = client(Api::Chat, body);
-    let generation = read(request.generation(&parse(&context_answer(&params()))));
+    let generation = read(request.generation(&parse(&context_answer(&params())), Era::Main));
     assert_eq!(generation["messages"], json!([{"role": "user", "content": "hi"}]));
     assert_eq!(generation["prompt_token_ids"], json!([1, 405, 13044]));
 
@@ -109,7 +109,7 @@ fn a_generation_chat_keeps_its_messages_and_gets_ids_beside_them() {
     answer["prompt_token_ids"] = Value::Null;
     answer["prompt_token_ids_b64"] = json!("AQAAAA==");
     let request = client(Api::Chat, r#"{"messages":[]}"#);
-    let generation = read(request.generation(&parse(&answer)));
+    let generation = read(request.generation(&parse(&answer), Era::Main));
     assert_eq!(generation["prompt_token_ids_b64"], "AQAAAA==");
     assert!(generation.get("prompt_token_ids").is_none());
 }
@@ -120,14 +120,14 @@ fn big_prompts_and_records_are_passed_on_without_a_copy() {
     let body = Bytes::from(body);
     let request = ClientRequest::parse(Api::Completions, body.clone()).unwrap();
     let range = body.as_ptr() as usize..body.as_ptr() as usize + body.len();
-    let pieces = request.context(ID);
+    let pieces = request.context(ID, Era::Main);
     assert!(pieces.iter().any(|p| p.len() > 90_000 && range.contains(&(p.as_ptr() as usize))));
 
     let mut params = params();
     params["encoded_opaque_state"] = json!("A".repeat(50_000));
     let answer = Bytes::from(context_answer(&params).to_string());
     let range = answer.as_ptr() as usize..answer.as_ptr() as usize + answer.len();
-    let pieces = request.generation(&ContextAnswer::parse(answer, ID).unwrap());
+    let pieces = request.generation(&ContextAnswer::parse(answer, ID).unwrap(), Era::Main);
     assert!(pieces.iter().any(|p| p.len() > 50_000 && range.contains(&(p.as_ptr() as usize))));
     assert!(pieces.iter().map(Bytes::len).sum::<usize>() < 60_000, "the text prompt is left out");
 }
@@ -139,11 +139,12 @@ fn the_id_of_the_answer_wins_and_a_missing_one_is_ours() {
     params["disagg_request_id"] = Value::Null;
     let answer = parse(&context_answer(&params));
     assert_eq!(answer.id, ID);
-    let generation = read(client(Api::Completions, "{}").generation(&answer));
+    let generation = read(client(Api::Completions, "{}").generation(&answer, Era::Main));
     assert_eq!(generation["disaggregated_params"]["disagg_request_id"], json!(ID.0));
     params.as_object_mut().unwrap().remove("disagg_request_id");
-    let generation =
-        read(client(Api::Completions, "{}").generation(&parse(&context_answer(&params))));
+    let generation = read(
+        client(Api::Completions, "{}").generation(&parse(&context_answer(&params)), Era::Main),
+    );
     assert_eq!(generation["disaggregated_params"]["disagg_request_id"], json!(ID.0));
 }
 
@@ -192,4 +193,15 @@ fn a_body_that_routing_cannot_understand_is_refused() {
         assert!(matches!(refused(body), Err(BadRequest::NotJson(_))), "{body}");
     }
     assert!(!refused(r#"{"stream":null,"stream_options":3}"#).unwrap().wants_usage());
+}
+
+#[test]
+fn a_request_for_one_worker_is_the_clients_without_its_params() {
+    let body = r#"{"prompt":"p","stream":true,"disaggregated_params":{"request_type":"x"}}"#;
+    assert_eq!(
+        read(client(Api::Completions, body).whole()),
+        json!({"prompt": "p", "stream": true, "disaggregated_params": null})
+    );
+    let body = r#"{"prompt":"p"}"#;
+    assert_eq!(client(Api::Completions, body).whole().concat(), body.as_bytes());
 }

@@ -20,6 +20,8 @@ pub struct DisaggConfig {
     pub max_retries: u32,
     /// Bits of the ids this router mints.
     pub node_id: Option<u8>,
+    /// Prompts of at most so many tokens go to one generation server; 0, the default, = none.
+    pub max_local_prefill_length: u64,
     /// Shared secret of router and workers.
     pub internal_request_auth_key: Option<String>,
     /// Servers of the first phase; at least one.
@@ -53,6 +55,13 @@ pub enum LoadBalancing {
         /// Whether load is prompt tokens rather than requests.
         use_tokens: bool,
     },
+    /// The least loaded that has the most of the prompt.
+    KvCacheAware {
+        /// Whether load is prompt tokens rather than requests.
+        use_tokens: bool,
+    },
+    /// The one the conversation went to before.
+    Conversation,
 }
 
 impl DisaggConfig {
@@ -73,6 +82,11 @@ impl DisaggConfig {
             port: narrow(whole("port", i64::from(u16::MAX))?).unwrap_or(8000),
             max_retries: narrow(whole("max_retries", 100)?).unwrap_or(1),
             node_id: narrow(whole("node_id", i64::from(u8::MAX))?),
+            max_local_prefill_length: narrow(whole(
+                "conditional_disagg_config.max_local_prefill_length",
+                i64::from(u32::MAX),
+            )?)
+            .unwrap_or(0),
             internal_request_auth_key: shared.internal_request_auth_key.clone(),
             context: section(&file, "context_servers", &shared)?,
             generation: section(&file, "generation_servers", &shared)?,
@@ -143,10 +157,9 @@ fn load_balancing(file: &Yaml, name: &str) -> Result<LoadBalancing, ConfigError>
     let rule = match kind.to_ascii_lowercase().as_str() {
         "round_robin" => return Ok(LoadBalancing::RoundRobin),
         "load_balancing" => return Ok(LoadBalancing::LeastLoaded { use_tokens }),
-        "kv_cache_aware" | "conversation" => {
-            "is not available yet, write `round_robin` or `load_balancing`"
-        }
-        _ => "must be `round_robin` or `load_balancing`",
+        "kv_cache_aware" => return Ok(LoadBalancing::KvCacheAware { use_tokens }),
+        "conversation" => return Ok(LoadBalancing::Conversation),
+        _ => "must be `round_robin`, `load_balancing`, `kv_cache_aware` or `conversation`",
     };
     Err(file.document.error(&key, rule))
 }
@@ -193,6 +206,27 @@ mod tests {
     }
 
     #[test]
+    fn each_of_upstreams_routers_is_accepted_with_its_arguments() {
+        for (router, expected) in [
+            ("{type: round_robin}", LoadBalancing::RoundRobin),
+            ("{type: Load_Balancing}", LoadBalancing::LeastLoaded { use_tokens: false }),
+            (
+                "{type: kv_cache_aware, use_tokens: true, max_batch_size: 64, tokens_per_block: 32, load_weight: 0.25}",
+                LoadBalancing::KvCacheAware { use_tokens: true },
+            ),
+            (
+                "{type: conversation, match_threshold: 0.75, tokens_per_block: 128, hash_skip_count: 0, max_sessions: 9}",
+                LoadBalancing::Conversation,
+            ),
+        ] {
+            let text = format!(
+                "context_servers:\n  urls: ['a:1']\n  router: {router}\ngeneration_servers:\n  urls: ['b:2']\n"
+            );
+            assert_eq!(parse(&text).unwrap().context.router, expected, "{router}");
+        }
+    }
+
+    #[test]
     fn mistakes_name_line_key_and_rule() {
         for (text, said) in [
             (with("prot: 8000\n"), "d.yaml:5: `prot`: unknown key, did you mean `port`?"),
@@ -205,8 +239,8 @@ mod tests {
                 "d.yaml:5: `schedule_style` = `generation_first`: only `context_first` is available yet",
             ),
             (
-                with("conditional_disagg_config:\n  max_local_prefill_length: 100\n"),
-                "d.yaml:6: `conditional_disagg_config.max_local_prefill_length` = `100`: only `0` is available yet",
+                with("conditional_disagg_config:\n  max_local_prefill_length: -1\n"),
+                "d.yaml:6: `conditional_disagg_config.max_local_prefill_length` = `-1`: must be a whole number from 0 to 4294967295",
             ),
             (
                 "context_servers:\n  urls: ['a:1']\n".to_owned(),
@@ -225,8 +259,8 @@ mod tests {
                 "d.yaml:4: `context_servers.urls[1]` = `https://a:2`: `https://` towards a worker is not available yet",
             ),
             (
-                "context_servers:\n  urls: ['a:1']\n  router:\n    type: kv_cache_aware\n".to_owned(),
-                "d.yaml:4: `context_servers.router.type` = `kv_cache_aware`: is not available yet, write `round_robin` or `load_balancing`",
+                "context_servers:\n  urls: ['a:1']\n  router:\n    type: random\n".to_owned(),
+                "d.yaml:4: `context_servers.router.type` = `random`: must be `round_robin`, `load_balancing`, `kv_cache_aware` or `conversation`",
             ),
             (
                 "max_batch_size: 5\ncontext_servers:\n  urls: ['a:1']\n  max_batch_size: 6\n".to_owned(),

@@ -38,7 +38,7 @@ pub(super) const DISAGG: &[Row] = &[
     ("context_servers", Table(&[SERVERS, WORKER])),
     ("generation_servers", Table(&[SERVERS, WORKER])),
     ("schedule_style", Neutral(&["context_first"])),
-    ("conditional_disagg_config", Table(&[&[("max_local_prefill_length", Neutral(&["0"]))]])),
+    ("conditional_disagg_config", Table(&[&[("max_local_prefill_length", Mapped)]])),
     ("perf_metrics_max_requests", NoEffect),
     ("server_keep_alive_timeout", NoEffect),
     ("return_perf_metrics", Neutral(&["false"])),
