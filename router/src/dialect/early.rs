@@ -12,20 +12,33 @@ use super::trtllm::ContextAnswer;
 use crate::splice::edit::join;
 use crate::splice::scan::{Cursor, ScanError};
 
+/// Whether a finished answer can be taken apart: what is inside of its members was not looked at when it was scanned.
+///
+/// # Errors
+/// Where it is no JSON.
+pub(super) fn check(answer: &ContextAnswer) -> Result<(), ScanError> {
+    rebuilt(answer)?;
+    delta(answer)?;
+    Ok(())
+}
+
 /// The answer to a client that did not ask for a stream.
 pub fn whole(answer: &ContextAnswer) -> Vec<Bytes> {
+    join(rebuilt(answer).expect("checked when it was parsed"))
+}
+
+fn rebuilt(answer: &ContextAnswer) -> Result<Vec<Bytes>, ScanError> {
     let text = &answer.body;
     let mut out = Vec::with_capacity(32);
-    let rebuilt = rebuild(text, 0..text.len(), &mut out, |name, value, out| match name {
+    rebuild(text, 0..text.len(), &mut out, |name, value, out| match name {
         b"prompt_token_ids" | b"prompt_token_ids_b64" => Ok(false),
         b"choices" => choices(text, value, out).map(|()| true),
         _ => {
             out.push(text.slice(value));
             Ok(true)
         }
-    });
-    debug_assert!(rebuilt.is_ok(), "the answer was scanned before");
-    join(out)
+    })?;
+    Ok(out)
 }
 
 /// The events for a client that asked for a stream, the last one included; `usage` = it asked for token counts.
@@ -72,7 +85,7 @@ pub fn events(answer: &ContextAnswer, api: Api, usage: bool) -> Bytes {
             const CHOICE: &[u8] = b",\"choices\":[{\"index\":0,\"delta\":";
             const ROLE: &[u8] = b"{\"role\":\"assistant\",\"content\":\"\"}";
             event(&[CHOICE, ROLE, b",\"logprobs\":null,\"finish_reason\":null}]"]);
-            let delta = delta(answer);
+            let delta = delta(answer).expect("checked when it was parsed");
             if !delta.is_empty() || found.logprobs.is_some() {
                 event(&[
                     CHOICE,
@@ -94,21 +107,20 @@ pub fn events(answer: &ContextAnswer, api: Api, usage: bool) -> Bytes {
 }
 
 /// The members of the message that say something, as JSON without the braces.
-fn delta(answer: &ContextAnswer) -> Vec<u8> {
-    let Some(message) = &answer.found.message else { return Vec::new() };
+fn delta(answer: &ContextAnswer) -> Result<Vec<u8>, ScanError> {
+    let Some(message) = &answer.found.message else { return Ok(Vec::new()) };
     let text = &answer.body;
     let mut out = Vec::new();
-    let scanned = rebuild(text, message.clone(), &mut out, |name, value, out| {
+    rebuild(text, message.clone(), &mut out, |name, value, out| {
         let empty = matches!(&text[value.clone()], b"null" | b"\"\"" | b"[]");
         if name == b"role" || empty {
             return Ok(false);
         }
         out.push(text.slice(value));
         Ok(true)
-    });
-    debug_assert!(scanned.is_ok(), "the answer was scanned before");
+    })?;
     let object = out.concat();
-    object.get(1..object.len().saturating_sub(1)).unwrap_or_default().to_vec()
+    Ok(object.get(1..object.len().saturating_sub(1)).unwrap_or_default().to_vec())
 }
 
 /// All choices, each without its record.
@@ -162,6 +174,7 @@ fn rebuild(
 
 #[cfg(test)]
 mod tests {
+    use super::super::trtllm::BadContextAnswer;
     use super::*;
     use baton_shared::id::DisaggRequestId;
     use serde_json::{Value, json};
@@ -247,5 +260,14 @@ mod tests {
         assert_eq!(events[0]["choices"][0]["finish_reason"], Value::Null);
         assert_eq!(events[1]["choices"][0]["finish_reason"], "stop");
         assert_eq!(events[1]["choices"][0]["stop_reason"], 13);
+    }
+
+    #[test]
+    fn a_finished_answer_that_is_no_json_inside_is_refused() {
+        let body = chat(&json!("a"), &json!(null)).to_string();
+        let broken = body.replace("\"content\":", "\"content\"");
+        assert_ne!(body, broken);
+        let parsed = ContextAnswer::parse(broken.into(), DisaggRequestId(7));
+        assert!(matches!(parsed, Err(BadContextAnswer::NotJson(_))));
     }
 }

@@ -10,8 +10,8 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::Api;
 use super::era::Era;
+use super::{Api, early};
 use crate::splice::edit::{Members, join, splice};
 use crate::splice::scan::{Cursor, ScanError};
 
@@ -270,6 +270,9 @@ impl ContextAnswer {
         cursor.end()?;
         answer.body = body;
         answer.check()?;
+        if answer.is_finished() {
+            early::check(&answer)?;
+        }
         Ok(answer)
     }
 
