@@ -9,7 +9,7 @@ cd "$(dirname "$0")"
 seconds=${1:-600}
 shift || true
 targets=("$@")
-[ ${#targets[@]} -gt 0 ] || targets=(gguf_header gguf_model safetensors)
+[ ${#targets[@]} -gt 0 ] || targets=(gguf_header gguf_model safetensors request answer config)
 
 # With `--target` these flags stay away from build scripts and macros.
 flags=(-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters

@@ -133,6 +133,25 @@ def main():
         put("safetensors", f"tiny-{kind}", safetensors(kind, size))
     put("safetensors", "tiny-tied", safetensors("BF16", 2, ["lm_head"]))
     put("safetensors", "other-type", safetensors("I8", 1))
+    for number, body in enumerate((
+            {"model": "m", "prompt": "a", "max_tokens": 4, "stream": True, "stream_options": {"include_usage": True}},
+            {"model": "m", "prompt": [1, 2, 3], "stop": ["x"], "disaggregated_params": {"request_type": "context_only"}},
+            {"model": "m", "messages": [{"role": "user", "content": "Hé \\"}], "n": 1, "stream": False})):
+        put("request", f"request-{number}", json.dumps(body, indent=number).encode())
+    params = {"request_type": "context_only", "ctx_request_id": 1 << 41, "first_gen_tokens": [7],
+              "opaque_state": "AAAA", "disagg_request_id": 1 << 41}
+    for number, (reason, more, choice) in enumerate((
+            ("not_finished", {"prompt_token_ids": [1, 2]}, {"text": "a"}),
+            ("not_finished", {"prompt_token_ids_b64": "AQAAAA=="}, {"message": {"role": "assistant", "content": "a"}}),
+            ("stop", {"prompt_token_ids": [1, 2]}, {"text": "a", "logprobs": None, "stop_reason": "x"}),
+            ("length", {}, {"message": {"role": "assistant", "content": "\n"}}))):
+        put("answer", f"answer-{number}", json.dumps({
+            "id": "cmpl-1", "object": "text_completion", "created": 1, "model": "m", **more,
+            "choices": [{"index": 0, **choice, "finish_reason": reason, "disaggregated_params": params}],
+            "usage": {"prompt_tokens": 2, "total_tokens": 3, "completion_tokens": 1}}).encode())
+    root = corpus.resolve().parents[2]
+    for file in (root / "config/router.toml", *sorted((root / "config/examples").glob("disagg_config*.yaml"))):
+        put("config", file.name, file.read_bytes())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ use std::path::Path;
 #[path = "../fuzz/src/lib.rs"]
 mod targets;
 
-use targets::{Folder, checked, gguf_header, gguf_model, safetensors};
+use targets::{Folder, checked, gguf_header, gguf_model, router, safetensors};
 
 /// Every file whole, and cut at some places.
 fn replay(name: &str, target: impl Fn(&[u8])) -> usize {
@@ -30,4 +30,7 @@ fn every_file_of_the_fuzzers_corpus_is_read_or_refused_within_bounds() {
     assert!(replay("gguf_header", gguf_header) >= 5);
     assert!(replay("gguf_model", |bytes| gguf_model(bytes, &folder)) >= 5);
     assert!(replay("safetensors", |bytes| safetensors(bytes, &folder)) >= 4);
+    assert!(replay("request", router::request) >= 3);
+    assert!(replay("answer", router::answer) >= 4);
+    assert!(replay("config", |bytes| router::config(bytes, &folder)) >= 2);
 }

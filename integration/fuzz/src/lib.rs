@@ -4,6 +4,8 @@
 //! lies about sizes must not make a reader allocate for what is not there. `integration/tests/corpus.rs` replays the
 //! committed corpus through the same functions in every run of the test suite.
 
+pub mod router;
+
 use std::path::{Path, PathBuf};
 
 use baton_shared::text::gguf::Gguf;

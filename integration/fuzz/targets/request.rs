@@ -1,0 +1,4 @@
+//! See `baton_fuzz::router::request`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| baton_fuzz::checked(bytes, baton_fuzz::router::request));
