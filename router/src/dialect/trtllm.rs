@@ -222,9 +222,16 @@ pub(super) struct Found {
     pub(super) text: Option<Range<usize>>,
     pub(super) message: Option<Range<usize>>,
     pub(super) logprobs: Option<Range<usize>>,
-    params: Option<Range<usize>>,
-    params_empty: bool,
-    /// Whether the params name a conversation.
+    params: Option<Params>,
+}
+
+/// The choice's `disaggregated_params` (the last ones, if there are several) and where their members lie.
+#[derive(Clone, Debug, Default)]
+struct Params {
+    place: Range<usize>,
+    /// Whether there is no member.
+    empty: bool,
+    /// Whether they name a conversation.
     conversation: bool,
     request_type: Places,
     disagg_request_id: Places,
@@ -292,13 +299,15 @@ impl ContextAnswer {
             One(String),
             Many(Vec<String>),
         }
-        let endpoint = self.found.info_endpoint.as_ref().and_then(|place| {
-            match serde_json::from_slice(&self.body[place.clone()]).ok()? {
-                Endpoint::One(endpoint) => Some(endpoint),
-                Endpoint::Many(all) => all.into_iter().next(),
-            }
-        });
-        let state = self.found.opaque_state.as_ref();
+        let Some(params) = &self.found.params else { return (None, None) };
+        let endpoint =
+            params.info_endpoint.as_ref().and_then(|place| {
+                match serde_json::from_slice(&self.body[place.clone()]).ok()? {
+                    Endpoint::One(endpoint) => Some(endpoint),
+                    Endpoint::Many(all) => all.into_iter().next(),
+                }
+            });
+        let state = params.opaque_state.as_ref();
         let state = state.and_then(|at| serde_json::from_slice(&self.body[at.clone()]).ok());
         (endpoint, state)
     }
@@ -314,12 +323,13 @@ impl ContextAnswer {
         let Some(reason) = &self.found.finish_reason else {
             return Err(BadContextAnswer::NoFinishReason);
         };
-        let usable = self.found.params.is_some() && self.found.ctx_request_id.is_some();
+        let params = self.found.params.as_ref();
+        let usable = params.is_some_and(|params| params.ctx_request_id.is_some());
         if !self.is_finished() && !usable {
             let reason = String::from_utf8_lossy(&self.body[reason.clone()]).into_owned();
             return Err(BadContextAnswer::NoParams(reason));
         }
-        if let Some(place) = self.found.disagg_request_id.last()
+        if let Some(place) = params.and_then(|params| params.disagg_request_id.last())
             && let Ok(id) = serde_json::from_slice(&self.body[place.clone()])
         {
             self.id = id;
@@ -331,21 +341,21 @@ impl ContextAnswer {
     fn generation_params(&self, era: Era) -> Vec<Bytes> {
         let found = &self.found;
         let Some(params) = &found.params else { return vec![Bytes::from_static(b"null")] };
-        if era < Era::Main || found.conversation {
-            return self.known_params(params, era);
+        if era < Era::Main || params.conversation {
+            return self.known_params(&params.place, era);
         }
         let usage = match &found.usage {
             Some(place) => self.slice(place),
             None => Bytes::from_static(b"null"),
         };
-        let mut members = Members::of(params.start, found.params_empty);
+        let mut members = Members::of(params.place.start, params.empty);
         let literal = |text: &'static str| vec![Bytes::from_static(text.as_bytes())];
-        members.set("\"request_type\":", &found.request_type, literal("\"generation_only\""));
+        members.set("\"request_type\":", &params.request_type, literal("\"generation_only\""));
         let id = vec![Bytes::from(self.id.to_string())];
-        members.set("\"disagg_request_id\":", &found.disagg_request_id, id);
-        members.set("\"schedule_style\":", &found.schedule_style, literal("0"));
-        members.set("\"ctx_usage\":", &found.ctx_usage, vec![usage]);
-        splice(&self.body, params.clone(), members.into_edits())
+        members.set("\"disagg_request_id\":", &params.disagg_request_id, id);
+        members.set("\"schedule_style\":", &params.schedule_style, literal("0"));
+        members.set("\"ctx_usage\":", &params.ctx_usage, vec![usage]);
+        splice(&self.body, params.place.clone(), members.into_edits())
     }
 
     /// The same, of the answer's members only those that the age knows.
@@ -405,9 +415,7 @@ fn read_choice(cursor: &mut Cursor<'_>, found: &mut Found) -> Result<(), ScanErr
     cursor.object(|cursor, name| {
         let place = match name {
             b"disaggregated_params" if cursor.peek()? == b'{' => {
-                let start = cursor.offset();
-                read_params(cursor, found)?;
-                found.params = Some(start..cursor.offset());
+                found.params = Some(read_params(cursor)?);
                 return Ok(());
             }
             b"finish_reason" => &mut found.finish_reason,
@@ -422,10 +430,11 @@ fn read_choice(cursor: &mut Cursor<'_>, found: &mut Found) -> Result<(), ScanErr
     })
 }
 
-fn read_params(cursor: &mut Cursor<'_>, found: &mut Found) -> Result<(), ScanError> {
-    found.params_empty = true;
+fn read_params(cursor: &mut Cursor<'_>) -> Result<Params, ScanError> {
+    let start = cursor.offset();
+    let mut found = Params { empty: true, ..Params::default() };
     cursor.object(|cursor, name| {
-        found.params_empty = false;
+        found.empty = false;
         match name {
             b"request_type" => found.request_type.push(cursor.skip()?),
             b"disagg_request_id" => found.disagg_request_id.push(cursor.skip()?),
@@ -440,8 +449,10 @@ fn read_params(cursor: &mut Cursor<'_>, found: &mut Found) -> Result<(), ScanErr
             }
             _ => return cursor.skip().map(|_| ()),
         }
-        Ok(())
-    })
+        Ok::<(), ScanError>(())
+    })?;
+    found.place = start..cursor.offset();
+    Ok(found)
 }
 
 #[cfg(test)]

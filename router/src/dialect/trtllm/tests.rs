@@ -205,3 +205,24 @@ fn a_request_for_one_worker_is_the_clients_without_its_params() {
     let body = r#"{"prompt":"p"}"#;
     assert_eq!(client(Api::Completions, body).whole().concat(), body.as_bytes());
 }
+
+#[test]
+fn of_several_params_of_a_choice_the_last_count() {
+    let first = r#"{"request_type":"context_only","ctx_request_id":1,"disagg_request_id":1,"schedule_style":7}"#;
+    let last = r#"{"ctx_request_id":2,"encoded_opaque_state":"b"}"#;
+    let body = format!(
+        r#"{{"choices":[{{"finish_reason":"length","disaggregated_params":{first},"disaggregated_params":{last}}}]}}"#
+    );
+    let answer = ContextAnswer::parse(body.into(), DisaggRequestId(7)).unwrap();
+    assert_eq!(answer.id, DisaggRequestId(7));
+    let asked = ClientRequest::parse(Api::Completions, r#"{"prompt":"a"}"#.into()).unwrap();
+    let sent: Value =
+        serde_json::from_slice(&asked.generation(&answer, Era::Main).concat()).unwrap();
+    assert_eq!(
+        sent["disaggregated_params"],
+        json!({
+            "request_type": "generation_only", "disagg_request_id": 7, "schedule_style": 0,
+            "ctx_usage": null, "ctx_request_id": 2, "encoded_opaque_state": "b",
+        })
+    );
+}
