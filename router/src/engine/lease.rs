@@ -1,7 +1,8 @@
 //! KV that a context worker keeps for a request: given back unless a generation worker took it.
 //!
 //! A [`Lease`] is held from the moment a context request is sent. Dropping it, however the request ends (a record
-//! left behind, a client gone, a panic), posts the release call from a bounded number of background tasks.
+//! left behind, a client gone, a panic), posts the release call from a bounded number of background tasks. A worker
+//! that has no such call keeps what it holds until it expires there: that is counted.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -84,9 +85,9 @@ impl Releaser {
             let addresses = hop::addresses(worker);
             match client::call(&addresses, request, Duration::from_millis(600), MAX_ANSWER).await {
                 Ok(answer) if answer.head.status < 300 => return true,
-                // A worker of another kind holds nothing that we could give back.
+                // A worker of another kind does not know the call, and will not later.
                 Ok(answer) if answer.head.status == 404 && worker.dialect() != Dialect::Baton => {
-                    return true;
+                    return false;
                 }
                 Ok(answer) => {
                     tracing::debug!(worker = %worker.id, status = answer.head.status, "release refused");
@@ -131,10 +132,11 @@ impl Lease {
     }
 
     fn give_back(&mut self) {
-        if let Some(id) = self.id.take()
-            && takes_release(self.worker.dialect())
-        {
+        let Some(id) = self.id.take() else { return };
+        if takes_release(self.worker.dialect()) {
             self.releaser.release(Arc::clone(&self.worker), id);
+        } else {
+            self.releaser.metrics.orphaned_kv();
         }
     }
 }

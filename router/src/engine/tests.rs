@@ -220,6 +220,22 @@ async fn a_deployment_mistake_is_a_502_with_the_workers_words_and_releases() {
 }
 
 #[tokio::test]
+async fn what_a_worker_without_a_release_call_keeps_is_counted() {
+    let mut context = Scripted::context().await;
+    let other = Scripted::start(|_, _| refusal(409, "kv_incompatible")).await;
+    let trtllm = |config: &mut crate::config::RouterConfig| {
+        config.context.servers[0].dialect = crate::config::DialectChoice::TrtllmMain;
+    };
+    let scene = scene(&[&context], &[&other], trtllm).await;
+    assert_eq!(scene.ask(&plain()).await.status, 502);
+    scene.router.drained().await;
+    assert!(!context.has_releases());
+    let Shared { metrics, table, .. } = &*scene.router.0;
+    let text = metrics.render(&table.snapshot(), table.now(), 0);
+    assert!(text.lines().any(|line| line == "baton_router_orphaned_kv_total 1"), "{text}");
+}
+
+#[tokio::test]
 async fn a_workers_4xx_is_the_clients_and_the_connection_stays_usable() {
     let body = json!({"object": "error", "message": "bad temperature", "code": 400});
     let said = body.clone();
