@@ -66,7 +66,9 @@ pub fn events(answer: &ContextAnswer, api: Api, usage: bool) -> Bytes {
             b",\"model\":",
             &model,
         ];
-        head.iter().chain(rest).for_each(|part| out.extend_from_slice(part));
+        // A line ends a `data:`, and in JSON it can only stand where a space can.
+        let bytes = head.iter().chain(rest).flat_map(|part| part.iter());
+        out.extend(bytes.map(|byte| if matches!(byte, b'\n' | b'\r') { b' ' } else { *byte }));
         out.extend_from_slice(b"}\n\n");
     };
     let logprobs = get(&found.logprobs, b"null");
@@ -269,5 +271,15 @@ mod tests {
         assert_ne!(body, broken);
         let parsed = ContextAnswer::parse(broken.into(), DisaggRequestId(7));
         assert!(matches!(parsed, Err(BadContextAnswer::NotJson(_))));
+    }
+
+    #[test]
+    fn events_of_an_answer_in_many_lines_are_a_line_each() {
+        let body = chat(&json!("a\nb"), &json!({"content": []}));
+        let pretty = serde_json::to_string_pretty(&body).unwrap().replace('\n', "\r\n");
+        let pretty = ContextAnswer::parse(pretty.into(), DisaggRequestId(7)).unwrap();
+        let (pretty, plain) =
+            (events(&pretty, Api::Chat, true), events(&answer(&body), Api::Chat, true));
+        assert_eq!(parse(&pretty), parse(&plain));
     }
 }
