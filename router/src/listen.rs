@@ -17,8 +17,9 @@ use pingora_core::server::{ListenFds, RuntimeOpts, ShutdownWatch};
 use pingora_core::services::Service as ServiceTrait;
 use pingora_core::services::listening::Service;
 
-/// Bytes Pingora sets aside to read from each connection; its default, 64 KiB, is most of an idle stream's memory.
-const READ_BUFFER: usize = 4096;
+/// Bytes Pingora sets aside to read from each connection; its default, 64 KiB, is most of an idle stream's memory. Heads
+/// and bodies are read past it, into buffers of at least 4 KiB; only the look for a client that has left goes through it.
+const READ_BUFFER: usize = 512;
 
 /// Why nobody can be served.
 #[derive(Debug, thiserror::Error)]

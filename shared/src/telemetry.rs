@@ -104,12 +104,14 @@ impl RequestId {
     /// Longest id taken over from a client.
     pub const LONGEST: usize = 128;
 
+    /// The client's id if it is 1 to 128 harmless characters.
+    pub fn accept(given: &str) -> Option<Self> {
+        Self::is_sane(given).then(|| Self(given.to_owned()))
+    }
+
     /// The client's id if it is 1 to 128 harmless characters, else a fresh one.
     pub fn accept_or_mint(given: Option<&str>) -> Self {
-        match given.filter(|id| Self::is_sane(id)) {
-            Some(id) => Self(id.to_owned()),
-            None => Self::mint(),
-        }
+        given.and_then(Self::accept).unwrap_or_else(Self::mint)
     }
 
     /// A fresh one: 32 random hexadecimal digits.

@@ -3,6 +3,7 @@
 //! Holds: bytes are given out in order, each once; the connection goes back to the pool only after the answer was
 //! read to its end, the request was written to its end, and nothing came behind the answer.
 
+use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::pin::{Pin, pin};
@@ -10,18 +11,24 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes, BytesMut};
 use memchr::memchr;
-use tokio::io::{AsyncReadExt, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
 use super::head::{AnswerHead, ContentType, Framing};
 use super::stream::Stream;
 use super::{Address, Answer, ClientError, pool};
 
 /// Room offered to each read: more than usually comes, so that a short read empties the socket.
-const READ_ROOM: usize = 8 << 10;
+const READ_ROOM: usize = 16 << 10;
 /// Longest head of an answer, in bytes.
 const MAX_HEAD: usize = 64 << 10;
 /// Longest line that announces a chunk, or trailer, in bytes.
 const MAX_CHUNK_LINE: usize = 4 << 10;
+
+thread_local! {
+    /// Where bytes of unknown number are read to before each exchange gets as many as came: a stream that waits for its
+    /// next token has no room of its own.
+    static ROOM: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_ROOM].into());
+}
 
 /// A request that was sent, and its answer as far as it was read.
 #[derive(Debug)]
@@ -96,10 +103,16 @@ impl Exchange {
 
     /// Reads what is there into the buffer; 0 = the worker closed its side.
     pub(super) fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        if self.buffer.capacity() - self.buffer.len() < READ_ROOM / 2 {
-            self.buffer.reserve(READ_ROOM);
-        }
-        let read = ready!(pin!(self.stream.read_buf(&mut self.buffer)).poll(cx))?;
+        let read = if self.buffer.capacity() - self.buffer.len() >= READ_ROOM {
+            ready!(pin!(self.stream.read_buf(&mut self.buffer)).poll(cx))?
+        } else {
+            ready!(ROOM.with_borrow_mut(|room| {
+                let mut room = ReadBuf::new(room);
+                ready!(Pin::new(&mut self.stream).poll_read(cx, &mut room))?;
+                self.buffer.extend_from_slice(room.filled());
+                Poll::Ready(io::Result::Ok(room.filled().len()))
+            }))?
+        };
         self.touched |= read > 0;
         Poll::Ready(Ok(read))
     }

@@ -68,9 +68,13 @@ impl RouterCtx {
     /// Takes over the client's request id and trace, if it has sane ones.
     pub fn begin(&mut self, session: &ServerSession) {
         self.started = Instant::now();
-        self.request_id = RequestId::accept_or_mint(downstream::header(session, "x-request-id"));
-        let parent = downstream::header(session, "traceparent").and_then(TraceParent::parse);
-        self.trace = parent.map_or_else(TraceParent::fresh, TraceParent::child);
+        if let Some(id) = downstream::header(session, "x-request-id").and_then(RequestId::accept) {
+            self.request_id = id;
+        }
+        if let Some(parent) = downstream::header(session, "traceparent").and_then(TraceParent::parse)
+        {
+            self.trace = parent.child();
+        }
     }
 
     /// A whole answer of `status` was sent, or not.

@@ -33,7 +33,7 @@ use crate::client::{self, Request, Target};
 use crate::dialect::Api;
 use crate::dialect::trtllm::ClientRequest;
 use crate::health;
-use crate::limits::InFlight;
+use crate::limits::{Admitted, InFlight};
 use crate::metrics::{Endpoint, HopOutcome, Metrics, RequestOutcome};
 use crate::policy::{Features, Tried};
 use crate::table::keys::LiveKeys;
@@ -71,6 +71,14 @@ struct Shared {
     in_flight: InFlight,
     mint: IdMint,
     releaser: Arc<Releaser>,
+}
+
+/// What is left of a request once it has been routed.
+enum Served {
+    /// Nothing.
+    Answered(Outcome),
+    /// A stream to forward; the request counts as in flight meanwhile.
+    Streams(Box<route::Stream>, Patience, Admitted),
 }
 
 impl Shared {
@@ -134,7 +142,15 @@ impl Router {
         }
         let metrics = &self.0.metrics;
         metrics.request_started();
-        let ended = Box::pin(self.serve(downstream, cx, api)).await;
+        let served = Box::pin(self.serve(downstream, cx, api)).await;
+        let ended = match served {
+            Ok(Served::Answered(outcome)) => Ok(outcome),
+            // All that was needed until here is gone: streams last, and there are many.
+            Ok(Served::Streams(stream, patience, _admitted)) => {
+                Box::pin(self.forward(downstream, cx, endpoint(api), stream, patience)).await
+            }
+            Err(error) => Err(error),
+        };
         let outcome = match cx.outcome {
             Some(Outcome::Answered(..400)) => RequestOutcome::Ok,
             Some(Outcome::Answered(400..500)) => RequestOutcome::ClientError,
@@ -151,13 +167,14 @@ impl Router {
         downstream: &mut D,
         cx: &mut RouterCtx,
         api: Api,
-    ) -> Result<Outcome> {
+    ) -> Result<Served> {
         let config = Arc::clone(&self.0.table.snapshot_full().config);
         let deadline = tokio::time::Instant::now() + config.routing.request_timeout.duration();
-        let Some(_admitted) = self.0.in_flight.admit(config.limits.max_in_flight) else {
+        let Some(admitted) = self.0.in_flight.admit(config.limits.max_in_flight) else {
             self.0.metrics.refused();
             let message = format!("already {} requests in flight", config.limits.max_in_flight);
-            return self.reply_error(downstream, cx, ErrorCode::QueueFull, &message).await;
+            let refused = self.reply_error(downstream, cx, ErrorCode::QueueFull, &message).await;
+            return refused.map(Served::Answered);
         };
         let limits = BodyLimits {
             max: config.limits.max_body.as_usize(),
@@ -165,14 +182,18 @@ impl Router {
         };
         let body = match downstream::read_body(downstream.core(), limits).await {
             Ok(body) => body,
-            Err(error) => return self.refuse_body(downstream, cx, error).await,
+            Err(error) => {
+                return self.refuse_body(downstream, cx, error).await.map(Served::Answered);
+            }
         };
         cx.body_bytes = body.len();
         let request = match ClientRequest::parse(api, body) {
             Ok(request) => request,
             Err(error) => {
                 let message = error.to_string();
-                return self.reply_error(downstream, cx, ErrorCode::InvalidRequest, &message).await;
+                let code = ErrorCode::InvalidRequest;
+                let refused = self.reply_error(downstream, cx, code, &message).await;
+                return refused.map(Served::Answered);
             }
         };
         self.0.metrics.request_is(request.stream);
@@ -192,7 +213,7 @@ impl Router {
         match routed {
             Routed::Reply(reply) => {
                 self.count_first_byte(cx, endpoint(api), reply.status);
-                self.reply(downstream, cx, reply).await
+                self.reply(downstream, cx, reply).await.map(Served::Answered)
             }
             Routed::Events(events) => {
                 self.count_first_byte(cx, endpoint(api), 200);
@@ -200,11 +221,11 @@ impl Router {
                     reply::send_stream_head(downstream, cx.request_id.as_str()).await?;
                     downstream.body(events, true).await
                 };
-                cx.sent(sent.await, 200)
+                cx.sent(sent.await, 200).map(Served::Answered)
             }
             Routed::Stream(stream) => {
                 let patience = Patience { idle: config.routing.idle_timeout.duration(), deadline };
-                self.forward(downstream, cx, endpoint(api), *stream, patience).await
+                Ok(Served::Streams(stream, patience, admitted))
             }
         }
     }
@@ -214,10 +235,10 @@ impl Router {
         downstream: &mut D,
         cx: &mut RouterCtx,
         endpoint: Endpoint,
-        stream: route::Stream,
+        stream: Box<route::Stream>,
         patience: Patience,
     ) -> Result<Outcome> {
-        let route::Stream { mut exchange, first, hop, worker } = stream;
+        let route::Stream { mut exchange, first, hop, worker } = *stream;
         if reply::send_stream_head(downstream, cx.request_id.as_str()).await.is_err() {
             return Err(cx.gone("the client left before its answer began"));
         }
