@@ -3,7 +3,7 @@
 
 use std::convert::Infallible;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -16,9 +16,11 @@ use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
+
+use crate::ledger::{Ledger, Missing};
 
 /// What the worker does with the next requests.
 #[derive(Clone, Debug)]
@@ -31,8 +33,14 @@ pub enum Behaviour {
     Refuse(u16, Value),
     /// The connection is closed without an answer.
     Close,
-    /// No answer, ever.
+    /// No answer to an inference request, ever.
     Hang,
+    /// No answer to anything, health included.
+    Freeze,
+    /// Half of a whole answer, then the connection is reset.
+    Reset,
+    /// Each so many-th inference request is treated so, the others are served.
+    Every(usize, Box<Behaviour>),
     /// A generation answer breaks off after this many events.
     BreakAfter(usize),
     /// A generation answer has this long between two events.
@@ -70,7 +78,10 @@ pub struct MockWorker {
 struct State {
     baton: bool,
     words: usize,
+    address: SocketAddr,
+    ledger: Option<Ledger>,
     behaviour: Mutex<Behaviour>,
+    asked: AtomicUsize,
     seen: Mutex<Vec<Seen>>,
     cancelled: AtomicUsize,
 }
@@ -83,12 +94,23 @@ impl MockWorker {
     /// # Errors
     /// If it cannot listen.
     pub async fn start(baton: bool, words: usize) -> Result<Self> {
+        Self::start_with(baton, words, None).await
+    }
+
+    /// The same, keeping books: a context pass is issued, a generation takes what was issued to be read.
+    ///
+    /// # Errors
+    /// If it cannot listen.
+    pub async fn start_with(baton: bool, words: usize, ledger: Option<Ledger>) -> Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
         let state = Arc::new(State {
             baton,
             words,
+            address,
+            ledger,
             behaviour: Mutex::new(Behaviour::Serve),
+            asked: AtomicUsize::new(0),
             seen: Mutex::default(),
             cancelled: AtomicUsize::new(0),
         });
@@ -97,11 +119,7 @@ impl MockWorker {
             let mut connections = JoinSet::new();
             while let Ok((tcp, _)) = listener.accept().await {
                 let state = Arc::clone(&shared);
-                connections.spawn(async move {
-                    let service = service_fn(|request| answer(Arc::clone(&state), request));
-                    let server = hyper::server::conn::http1::Builder::new();
-                    drop(server.serve_connection(TokioIo::new(tcp), service).await);
-                });
+                connections.spawn(serve(state, tcp));
             }
         });
         Ok(Self { address, state, accepting: accepting.abort_handle() })
@@ -135,7 +153,30 @@ impl MockWorker {
 
 impl Drop for MockWorker {
     fn drop(&mut self) {
+        if let Some(ledger) = &self.state.ledger {
+            ledger.died(self.address);
+        }
         self.accepting.abort();
+    }
+}
+
+/// One connection to its end.
+async fn serve(state: Arc<State>, tcp: TcpStream) {
+    // A second descriptor outlives the connection, so that it can be reset.
+    let Ok(tcp) = tcp.into_std() else { return };
+    let (Ok(second), Ok(tcp)) = (tcp.try_clone(), TcpStream::from_std(tcp)) else { return };
+    let reset = Arc::new(AtomicBool::new(false));
+    let service = service_fn(|request| answer(Arc::clone(&state), Arc::clone(&reset), request));
+    drop(
+        hyper::server::conn::http1::Builder::new()
+            .serve_connection(TokioIo::new(tcp), service)
+            .await,
+    );
+    if reset.load(Ordering::SeqCst)
+        && let Ok(second) = TcpStream::from_std(second)
+    {
+        // Without it the connection would be ended instead.
+        drop(second.set_zero_linger());
     }
 }
 
@@ -161,12 +202,40 @@ impl Drop for Unfinished {
     }
 }
 
+impl State {
+    /// What the next request is to meet.
+    fn next_behaviour(&self, inference: bool) -> Behaviour {
+        match lock(&self.behaviour).clone() {
+            Behaviour::Every(nth, what) if inference => {
+                let asked = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
+                if asked.is_multiple_of(nth) { *what } else { Behaviour::Serve }
+            }
+            Behaviour::Every(..) => Behaviour::Serve,
+            other => other,
+        }
+    }
+
+    /// Takes what a context worker holds, as the real one does before its first step; else the error's code.
+    fn pull(&self, body: &Value) -> Result<(), &'static str> {
+        let id = body["disaggregated_params"]["ctx_request_id"].as_u64();
+        let (Some(ledger), Some(id)) = (&self.ledger, id) else { return Ok(()) };
+        ledger.pull(id).map_err(|missing| match missing {
+            Missing::LeaseGone => "kv_lease_gone",
+            Missing::PeerUnreachable => "kv_peer_unreachable",
+        })
+    }
+}
+
 async fn answer(
     state: Arc<State>,
+    reset: Arc<AtomicBool>,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, std::io::Error> {
     let (head, body) = request.into_parts();
     let path = head.uri.path().to_owned();
+    if matches!(*lock(&state.behaviour), Behaviour::Freeze) {
+        std::future::pending::<()>().await;
+    }
     match path.as_str() {
         "/health" => return Ok(whole(200, Bytes::new())),
         "/version" => return Ok(json_answer(200, &json!({"version": "1.3.0"}))),
@@ -185,11 +254,14 @@ async fn answer(
     let body: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
     let seen = Seen { path: path.clone(), headers: head.headers, body: body.clone() };
     lock(&state.seen).push(seen);
-    let behaviour = lock(&state.behaviour).clone();
     if path == "/v1/disagg/release" {
         unfinished.finish();
+        if let (Some(ledger), Some(id)) = (&state.ledger, body["disagg_request_id"].as_u64()) {
+            ledger.release(id);
+        }
         return Ok(json_answer(200, &json!({})));
     }
+    let behaviour = state.next_behaviour(path.ends_with("completions"));
     match &behaviour {
         Behaviour::Refuse(status, body) => {
             unfinished.finish();
@@ -202,12 +274,47 @@ async fn answer(
         Behaviour::Hang => std::future::pending().await,
         _ => {}
     }
-    if body["disaggregated_params"]["request_type"] == "context_only" {
+    let answer = if body["disaggregated_params"]["request_type"] == "context_only" {
         unfinished.finish();
         let early = matches!(behaviour, Behaviour::EarlyStop);
-        return Ok(json_answer(200, &context(&path, &body, early)));
+        if let (Some(ledger), Some(id), false) =
+            (&state.ledger, body["disaggregated_params"]["disagg_request_id"].as_u64(), early)
+        {
+            ledger.issue(id, state.address);
+        }
+        json_answer(200, &context(&path, &body, early))
+    } else if let Err(code) = state.pull(&body) {
+        unfinished.finish();
+        let error =
+            json!({"message": "not there", "type": "server_error", "param": null, "code": code});
+        json_answer(503, &json!({"error": error}))
+    } else {
+        generation(&state, &path, &body, behaviour.clone(), unfinished)
+    };
+    match behaviour {
+        Behaviour::Reset => {
+            reset.store(true, Ordering::SeqCst);
+            half(answer).await
+        }
+        _ => Ok(answer),
     }
-    Ok(generation(&state, &path, &body, behaviour, unfinished))
+}
+
+/// The head of a whole answer, the first half of its body, and an error.
+async fn half(answer: Response<Body>) -> Result<Response<Body>, std::io::Error> {
+    let (mut head, body) = answer.into_parts();
+    let mut bytes = body.collect().await?.to_bytes();
+    head.headers.insert("content-length", bytes.len().into());
+    bytes.truncate(bytes.len() / 2);
+    let (pieces, body) = mpsc::channel(1);
+    tokio::spawn(async move {
+        let _ = pieces.send(Ok(Frame::data(bytes))).await;
+        // What was sent before is to be on its way: an error at once would take it along.
+        let _ = tokio::time::timeout(Duration::from_millis(20), pieces.closed()).await;
+        let _ = pieces.send(Err(std::io::Error::other("reset as scripted"))).await;
+    });
+    let body = BoxBody::new(http_body_util::StreamBody::new(Pieces(body)));
+    Ok(Response::from_parts(head, body))
 }
 
 fn context(path: &str, body: &Value, early: bool) -> Value {

@@ -19,6 +19,8 @@ mod prefix;
 mod random_faults;
 mod reload;
 mod router_faults;
+mod router_load;
+mod scripted;
 mod second_model;
 mod spine;
 mod startup;

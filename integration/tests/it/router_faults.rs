@@ -2,96 +2,14 @@
 
 use std::time::Duration;
 
-use baton_integration::client::Client;
-use baton_integration::cluster::{Cluster, Member, Plan, overlay, set};
 use baton_integration::eventually::eventually;
 use baton_integration::mock_worker::{Behaviour, MockWorker};
-use baton_integration::process::free_port;
 use baton_integration::scrape::Metrics;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 use toml::{Table, toml};
 
-use crate::support::{READY, STOP};
-
-/// A real router before scripted workers.
-struct Scene {
-    contexts: Vec<MockWorker>,
-    generations: Vec<MockWorker>,
-    router: Member,
-    admin: std::net::SocketAddr,
-    _folder: TempDir,
-}
-
-async fn scene(contexts: usize, generations: usize, over: Table) -> Scene {
-    let folder = tempfile::tempdir().unwrap();
-    let mut workers = [Vec::new(), Vec::new()];
-    let mut servers = [Vec::new(), Vec::new()];
-    for (role, count) in [contexts, generations].into_iter().enumerate() {
-        for _ in 0..count {
-            let mock = MockWorker::start(true, 4).await.unwrap();
-            let server = toml::Value::Table(
-                [("url".to_owned(), mock.address.to_string().into())].into_iter().collect(),
-            );
-            servers[role].push(server);
-            workers[role].push(mock);
-        }
-    }
-    let admin = format!("127.0.0.1:{}", free_port().unwrap());
-    let mut table = toml! {
-        [routing]
-        queue_timeout = "300ms"
-        [context]
-        policy = "round_robin"
-        [generation]
-        policy = "round_robin"
-        [health]
-        probe_interval = "200ms"
-        [log]
-        format = "text"
-    };
-    set(&mut table, &["server", "listen"], format!("127.0.0.1:{}", free_port().unwrap()));
-    set(&mut table, &["server", "admin_listen"], admin.clone());
-    set(&mut table, &["server", "threads"], 1);
-    let [context, generation] = servers;
-    set(&mut table, &["context", "servers"], context);
-    set(&mut table, &["generation", "servers"], generation);
-    overlay(&mut table, &over);
-    let plan = Plan { router: Some(table), ..Plan::default() };
-    let cluster = Cluster::start(&plan, folder.path(), READY).await.unwrap();
-    let [contexts, generations] = workers;
-    Scene {
-        contexts,
-        generations,
-        router: cluster.router.unwrap(),
-        admin: admin.parse().unwrap(),
-        _folder: folder,
-    }
-}
-
-impl Scene {
-    fn client(&self) -> Client {
-        self.router.client()
-    }
-
-    fn stop(mut self) {
-        self.router.stop(STOP).unwrap();
-    }
-}
-
-fn ask() -> Value {
-    json!({"model": "mock", "prompt": "hello", "max_tokens": 5, "temperature": 0, "user": "someone"})
-}
-
-fn refusal(status: u16, code: &str) -> Behaviour {
-    let error = json!({"message": "scripted", "type": "server_error", "param": null, "code": code});
-    Behaviour::Refuse(status, json!({"error": error}))
-}
-
-async fn text(client: Client) -> String {
-    let answer = client.post("/v1/completions", &ask()).await.unwrap().ok().unwrap();
-    answer["choices"][0]["text"].as_str().unwrap().to_owned()
-}
+use crate::scripted::{Scene, ask, refusal, scene, text};
+use crate::support::STOP;
 
 #[tokio::test]
 async fn both_hops_carry_what_the_protocol_says() {
@@ -332,7 +250,7 @@ async fn a_client_that_leaves_cancels_the_worker_and_releases_the_lease() {
 #[tokio::test]
 async fn without_usable_workers_it_says_so_in_time_and_recovers() {
     let scene = scene(1, 1, Table::new()).await;
-    let Scene { contexts, generations, mut router, admin, _folder } = scene;
+    let Scene { contexts, generations, mut router, admin, folder: _folder, .. } = scene;
     drop(contexts);
     let answer = router.client().post("/v1/completions", &ask()).await.unwrap();
     assert!([502, 503].contains(&answer.status), "{}", answer.status);
