@@ -9,6 +9,7 @@ pub mod eventually;
 pub mod failpoints;
 pub mod fake_hub;
 pub mod files;
+pub mod kept;
 pub mod ledger;
 pub mod mock_worker;
 pub mod oracle;

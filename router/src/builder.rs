@@ -14,10 +14,11 @@ use pingora_core::server::configuration::ServerConf;
 use pingora_core::server::{Server, ShutdownWatch};
 use pingora_core::services::background::{BackgroundService, background_service};
 use pingora_core::services::listening::Service;
-use pingora_proxy::{HttpProxy, ProxyServiceBuilder};
+use pingora_proxy::{HttpProxy, http_proxy};
 
 use crate::admin::Admin;
 use crate::admin::token::{Token, TokenError};
+use crate::arrivals::Arrivals;
 use crate::client::pool;
 use crate::config::{Loaded, RouterConfig};
 use crate::engine::{Parts, Router};
@@ -43,6 +44,8 @@ pub struct Shared {
     pub in_flight: InFlight,
     /// Requests of any kind on the public port, until their last byte is out.
     pub visits: InFlight,
+    /// Connections to the public port that have not asked yet.
+    pub arrivals: Arrivals,
     /// The engine.
     pub router: Router,
     draining: AtomicBool,
@@ -54,15 +57,17 @@ impl Shared {
         !self.is_draining() && self.table.snapshot().ready(self.table.now())
     }
 
-    /// Whether new requests are refused because the router is about to end.
+    /// Whether the router is about to end: it is not ready any more, and closes connections after their answer.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
     }
 
-    /// Refuses new requests; resolves when the last one has ended and every lease left behind was given back or
-    /// given up. Set a deadline around it.
+    /// Serves what comes until the ports of [`RouterBuilder::add_to`] are closed (which Pingora does when its server
+    /// shuts down); resolves when the last request has ended and every lease left behind was given back or given up.
+    /// Set a deadline around it.
     pub async fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
+        self.arrivals.ended().await;
         self.visits.idle().await;
         self.router.drained().await;
     }
@@ -101,10 +106,16 @@ impl RouterBuilder<()> {
             in_flight: in_flight.clone(),
             mint,
         });
-        let visits = InFlight::default();
-        let draining = AtomicBool::new(false);
-        let reloader = Arc::new(reloader);
-        let shared = Shared { table, reloader, metrics, in_flight, visits, router, draining };
+        let shared = Shared {
+            table,
+            reloader: Arc::new(reloader),
+            metrics,
+            in_flight,
+            visits: InFlight::default(),
+            arrivals: Arrivals::default(),
+            router,
+            draining: AtomicBool::new(false),
+        };
         Ok(Self { shared: Arc::new(shared), hooks: () })
     }
 }
@@ -163,12 +174,14 @@ impl<H: Hooks> RouterBuilder<H> {
         let admin = Bound::bind(&config.server.admin_listen)?;
         let addresses =
             Addresses { public: public.address.to_string(), admin: admin.address.to_string() };
-        server.add_service(background_service("attendant", self.attendant()));
-        let mut operators =
-            Service::new("admin".to_owned(), Admin::new(Arc::clone(&self.shared), token));
+        let (attendant, arrivals) = (self.attendant(), self.shared.arrivals.clone());
+        let shared = Arc::clone(&self.shared);
+        let clients = arrivals.port(app(&server.configuration, self.proxy()), &public)?;
+        server.add_service(background_service("attendant", attendant));
+        let mut operators = Service::new("admin".to_owned(), Admin::new(shared, token));
         operators.threads = Some(1);
         server.add_service(Listening::new(operators, admin));
-        let clients = service(&server.configuration, self.proxy());
+        let clients = Service::new("router".to_owned(), clients);
         server.add_service(Listening::new(clients, public));
         Ok(addresses)
     }
@@ -199,9 +212,15 @@ pub fn service<H: Hooks>(
     conf: &Arc<ServerConf>,
     proxy: RouterProxy<H>,
 ) -> Service<HttpProxy<RouterProxy<H>>> {
+    Service::new("router".to_owned(), app(conf, proxy))
+}
+
+fn app<H: Hooks>(conf: &Arc<ServerConf>, proxy: RouterProxy<H>) -> HttpProxy<RouterProxy<H>> {
     let mut options = HttpServerOptions::default();
     options.h2c = true;
-    ProxyServiceBuilder::new(conf, proxy).name("router").server_options(options).build()
+    let mut app = http_proxy(conf, proxy);
+    app.server_options = Some(options);
+    app
 }
 
 /// How Pingora is run for a router: threads that do not share work, since worker connections belong to the thread

@@ -10,13 +10,15 @@
 //! is repeated. A client that leaves cancels both legs and releases the KV lease.
 //!
 //! Beside the requests: [`health`] probes and ejects workers, [`metrics`] counts, [`admin`] answers
-//! operators on a port of its own, [`ops`] drains on a signal.
+//! operators on a port of its own, [`ops`] drains on a signal, and [`arrivals`] keeps
+//! new connections from being lost by that.
 //!
 //! Embedding, from most to least of ours: [`builder::RouterBuilder`] adds everything to a Pingora server;
 //! [`proxy::RouterProxy`] is a ready `ProxyHttp` with hooks; the engine's `Router` handle serves single
 //! requests inside a foreign `ProxyHttp` (`examples/embed.rs`).
 
 pub mod admin;
+pub mod arrivals;
 pub mod builder;
 pub mod cli;
 pub mod client;

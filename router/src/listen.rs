@@ -13,6 +13,8 @@ use async_trait::async_trait;
 use baton_shared::config::net::{HostPort, Listen};
 use pingora_core::apps::ServerApp;
 use pingora_core::listeners::{L4BufferSettings, ListenerConfig};
+use pingora_core::protocols::Stream;
+use pingora_core::protocols::l4::stream::Stream as L4Stream;
 use pingora_core::server::{ListenFds, RuntimeOpts, ShutdownWatch};
 use pingora_core::services::Service as ServiceTrait;
 use pingora_core::services::listening::Service;
@@ -54,6 +56,43 @@ impl Bound {
             Listen::Unix(path) => unix(path),
         };
         bound.map_err(|reason| ListenError { address: address.clone(), reason })
+    }
+
+    /// The same socket once more: it listens until both are closed.
+    ///
+    /// # Errors
+    /// If the process may not have another descriptor.
+    pub fn try_clone(&self) -> Result<Self, ListenError> {
+        let socket = match &self.socket {
+            Socket::Tcp(socket) => socket.try_clone().map(Socket::Tcp),
+            Socket::Unix(socket) => socket.try_clone().map(Socket::Unix),
+        };
+        let address = self.address.clone();
+        match socket {
+            Ok(socket) => Ok(Self { address, socket }),
+            Err(reason) => Err(ListenError { address, reason }),
+        }
+    }
+
+    /// The next connection of the queue, as Pingora takes them.
+    ///
+    /// # Errors
+    /// If there is none now.
+    pub fn accept(&self) -> io::Result<Stream> {
+        let mut stream: L4Stream = match &self.socket {
+            Socket::Tcp(socket) => {
+                let (stream, _) = socket.accept()?;
+                stream.set_nonblocking(true)?;
+                tokio::net::TcpStream::from_std(stream)?.into()
+            }
+            Socket::Unix(socket) => {
+                let (stream, _) = socket.accept()?;
+                stream.set_nonblocking(true)?;
+                tokio::net::UnixStream::from_std(stream)?.into()
+            }
+        };
+        stream.set_nodelay().map_err(io::Error::other)?;
+        Ok(Box::new(stream))
     }
 
     fn into_fd(self) -> RawFd {

@@ -1,6 +1,6 @@
 //! Life of the process: signals, drain, and what systemd wants to know.
 //!
-//! SIGTERM, SIGINT and SIGQUIT drain: no new request, those in flight finish within `drain_timeout`, exit 0;
+//! SIGTERM, SIGINT and SIGQUIT drain: the port is closed, what has reached it is served within `drain_timeout`, exit 0;
 //! a second one ends at once. SIGHUP reads the configuration again. Pingora alone would sleep its whole grace period and then cut
 //! every stream, so the drain ends the process itself.
 

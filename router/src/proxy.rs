@@ -13,6 +13,7 @@ use pingora_http::RequestHeader;
 use pingora_proxy::{FailToProxy, ProxyHttp, Session};
 use serde_json::{Value, json};
 
+use crate::arrivals::request_came;
 use crate::builder::Shared;
 use crate::engine::{Outcome, Reply, Router, RouterCtx, early};
 use crate::limits::Admitted;
@@ -83,9 +84,8 @@ impl<H: Hooks> RouterProxy<H> {
     async fn route(&self, session: &mut Session, cx: &mut RouterCtx) -> Result<Outcome> {
         let router = &self.shared.router;
         if self.shared.is_draining() {
-            let mut reply = Reply::error(ErrorCode::Unavailable, "the router is stopping");
-            reply.keep_alive = false;
-            return router.reply(session, cx, reply).await;
+            // Served, but not asked again on this connection.
+            session.set_keepalive(None);
         }
         if let Err(reply) = self.hooks.authorize(session.req_header()) {
             return router.reply(session, cx, reply).await;
@@ -209,6 +209,7 @@ impl<H: Hooks> ProxyHttp for RouterProxy<H> {
     }
 
     async fn early_request_filter(&self, session: &mut Session, _cx: &mut Cx) -> Result<()> {
+        request_came();
         early(session.as_downstream_mut());
         Ok(())
     }

@@ -6,6 +6,7 @@ mod bad_requests;
 mod chaos;
 mod checkpoints;
 mod departures;
+mod drain;
 mod engine_golden;
 mod equality;
 mod fire;

@@ -45,6 +45,9 @@ impl Downstream for Session {
     }
 
     async fn head(&mut self, head: Box<ResponseHeader>, end: bool) -> Result<()> {
+        if self.is_process_shutting_down() {
+            self.set_keepalive(None);
+        }
         self.write_response_header(head, end).await
     }
 
