@@ -7,6 +7,7 @@
 
 mod faults;
 mod judge;
+mod pair;
 
 use std::collections::BTreeMap;
 use std::io::Write;
