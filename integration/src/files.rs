@@ -35,7 +35,7 @@ pub fn optional_model(name: &str) -> Option<PathBuf> {
     path.is_file().then_some(path)
 }
 
-/// A binary of this build: beside the running one, or one folder up (tests run from `deps/`).
+/// A binary of this build, `baton-router` or `examples/embed`: beside the running one, or one folder up (tests run from `deps/`).
 ///
 /// # Errors
 /// If it was not built.
@@ -46,5 +46,7 @@ pub fn binary(name: &str) -> Result<PathBuf> {
         .take(2)
         .map(|folder| folder.join(name))
         .find(|path| path.is_file())
-        .with_context(|| format!("`{name}` was not built: run `cargo build --release --bins`"))
+        .with_context(|| {
+            format!("`{name}` was not built: run `cargo build --release --bins --examples`")
+        })
 }

@@ -4,6 +4,7 @@
 //! `curl localhost:8080/hello` and `curl localhost:8080/v1/completions -d '{"model": …, "prompt": …}'`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use baton_router::builder::{RouterBuilder, server_conf};
@@ -11,12 +12,13 @@ use baton_router::config::{RouterConfig, ServerEntry};
 use baton_router::engine::{Reply, Router, RouterCtx, early};
 use baton_router::proxy::fail;
 use baton_shared::wire::auth::Keys;
-use pingora_core::server::{RunArgs, Server};
-use pingora_core::services::background::background_service;
+use pingora_core::server::{RunArgs, Server, ShutdownWatch};
+use pingora_core::services::background::{BackgroundService, background_service};
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_error::{Error, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, Session, http_proxy_service};
 
+// ANCHOR: proxy
 /// Somebody's proxy; the engine's handle is one field of it.
 struct Ours {
     router: Router,
@@ -70,6 +72,23 @@ impl ProxyHttp for Ours {
         FailToProxy { error_code, can_reuse_downstream: false }
     }
 }
+// ANCHOR_END: proxy
+
+// ANCHOR: end
+/// Ends the process when the last completion has ended: Pingora alone would sleep its whole grace period.
+struct Ending(Router);
+
+#[async_trait]
+impl BackgroundService for Ending {
+    async fn start(&self, mut shutdown: ShutdownWatch) {
+        // An error means that the server is gone, which is a shutdown too.
+        drop(shutdown.wait_for(|begun| *begun).await);
+        // Whether they ended or not, it is over then.
+        drop(tokio::time::timeout(Duration::from_secs(30), self.0.drained()).await);
+        std::process::exit(0);
+    }
+}
+// ANCHOR_END: end
 
 fn main() -> anyhow::Result<()> {
     let mut args = std::env::args().skip(1);
@@ -80,14 +99,17 @@ fn main() -> anyhow::Result<()> {
     config.generation.servers = vec![ServerEntry::new(generation.parse()?)];
     config.validate()?;
 
+    // ANCHOR: start
     let mut server = Server::new_with_opt_and_conf(None, server_conf(&config));
     server.bootstrap();
     let baton = RouterBuilder::new(config, Keys::none())?;
     server.add_service(background_service("attendant", baton.attendant()));
+    server.add_service(background_service("ending", Ending(baton.router())));
     let ours = Ours { router: baton.router() };
     let mut service = http_proxy_service(&Arc::clone(&server.configuration), ours);
     service.add_tcp(&listen);
     server.add_service(service);
     server.run(RunArgs::default());
+    // ANCHOR_END: start
     Ok(())
 }

@@ -7,6 +7,7 @@ mod chaos;
 mod checkpoints;
 mod departures;
 mod drain;
+mod embed;
 mod engine_golden;
 mod equality;
 mod fire;
