@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener};
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -71,13 +72,30 @@ impl Program {
     /// # Errors
     /// If it was not built or cannot be started.
     pub fn spawn(&self, folder: &Path) -> Result<Process> {
+        self.run(folder, Command::new(files::binary(self.binary)?), Stdio::null())
+    }
+
+    /// The same with a listening `socket` called `name`, as a service manager hands it over.
+    ///
+    /// # Errors
+    /// As [`Self::spawn`].
+    pub fn spawn_with_socket(&self, folder: &Path, name: &str, socket: OwnedFd) -> Result<Process> {
+        // The number of the process that is to have it is known only inside it.
+        const ACTIVATE: &str = "exec 3<&0 </dev/null; export LISTEN_PID=$$; exec \"$0\" \"$@\"";
+        let mut command = Command::new("sh");
+        command.args(["-c", ACTIVATE]).arg(files::binary(self.binary)?);
+        command.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", name);
+        self.run(folder, command, socket.into())
+    }
+
+    fn run(&self, folder: &Path, mut command: Command, stdin: Stdio) -> Result<Process> {
         let log = folder.join(format!("{}.log", self.name));
         let out = File::options().create(true).append(true).open(&log).context("its log")?;
-        let child = Command::new(files::binary(self.binary)?)
+        let child = command
             .args(&self.args)
             .envs(self.env.iter().map(|(key, value)| (key, value)))
             .current_dir(folder)
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(out.try_clone()?)
             .stderr(out)
             .spawn()

@@ -24,7 +24,7 @@ use crate::config::{Loaded, RouterConfig};
 use crate::engine::{Parts, Router};
 use crate::health::prober;
 use crate::limits::InFlight;
-use crate::listen::{Bound, ListenError, Listening};
+use crate::listen::{Bound, Inherited, ListenError, Listening};
 use crate::metrics::Metrics;
 use crate::proxy::{Hooks, RouterProxy};
 use crate::table::keys::LiveKeys;
@@ -163,15 +163,23 @@ impl<H: Hooks> RouterBuilder<H> {
         RouterProxy::new(self.shared, self.hooks)
     }
 
-    /// Binds the configured addresses and adds public port, admin port and attendant to `server`.
+    /// Binds the configured addresses, or takes them from those `inherited`, and adds public port, admin port and
+    /// attendant to `server`.
     ///
     /// # Errors
     /// If an address cannot be bound or the admin port's token cannot be read; nothing has been added then.
-    pub fn add_to(self, server: &mut Server) -> Result<Addresses, StartError> {
+    pub fn add_to(
+        self,
+        server: &mut Server,
+        mut inherited: Inherited,
+    ) -> Result<Addresses, StartError> {
         let config = Arc::clone(&self.shared.table.snapshot().config);
         let token = config.server.admin_token_file.as_deref().map(Token::load).transpose()?;
-        let public = Bound::bind(&config.server.listen)?;
-        let admin = Bound::bind(&config.server.admin_listen)?;
+        let public = Bound::bind(&config.server.listen, &mut inherited)?;
+        let admin = Bound::bind(&config.server.admin_listen, &mut inherited)?;
+        for (name, _) in &inherited.0 {
+            tracing::warn!(name, "an inherited socket that no `listen` names is closed");
+        }
         let addresses =
             Addresses { public: public.address.to_string(), admin: admin.address.to_string() };
         let (attendant, arrivals) = (self.attendant(), self.shared.arrivals.clone());

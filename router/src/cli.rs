@@ -26,11 +26,11 @@ pub struct Cli {
     #[arg(long)]
     pub print_config: bool,
 
-    /// Where to listen, instead of the file's `server.listen`: HOST:PORT
+    /// Where to listen, instead of the file's `server.listen`: HOST:PORT, unix:/PATH or systemd:NAME
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Option<Listen>,
 
-    /// Where operators are answered, instead of the file's `server.admin_listen`: HOST:PORT
+    /// Where operators are answered, instead of the file's `server.admin_listen`: likewise
     #[arg(long, value_name = "ADDRESS")]
     pub admin_listen: Option<Listen>,
 

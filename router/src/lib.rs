@@ -34,3 +34,4 @@ pub mod policy;
 pub mod proxy;
 pub mod splice;
 pub mod table;
+pub mod watchdog;

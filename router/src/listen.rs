@@ -3,9 +3,11 @@
 //!
 //! Pingora finds "its" socket in the table of inherited ones, which is also how sockets survive an upgrade.
 
+use std::fs::Permissions;
 use std::io;
 use std::net::TcpListener;
-use std::os::fd::{IntoRawFd, RawFd};
+use std::os::fd::{IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
@@ -45,15 +47,34 @@ enum Socket {
     Unix(UnixListener),
 }
 
+/// Sockets that the service manager opened, with their names; each can be taken once.
+#[derive(Debug, Default)]
+pub struct Inherited(pub Vec<(String, OwnedFd)>);
+
+impl Inherited {
+    fn take(&mut self, wanted: &str) -> io::Result<OwnedFd> {
+        let is_it = |(name, _): &(String, OwnedFd)| name == wanted;
+        match self.0.iter().filter(|one| is_it(one)).count() {
+            0 => Err(io::Error::other(format!(
+                "no socket of this name was handed over (of {})",
+                self.0.len()
+            ))),
+            1 => Ok(self.0.swap_remove(self.0.iter().position(is_it).expect("counted")).1),
+            count => Err(io::Error::other(format!("{count} sockets of this name, one is needed"))),
+        }
+    }
+}
+
 impl Bound {
-    /// Binds `address`; a name is bound at its first address that can be.
+    /// Binds `address`, or takes it from those `inherited`; a name is bound at its first address that can be.
     ///
     /// # Errors
-    /// If none can be: in use, not ours, not allowed.
-    pub fn bind(address: &Listen) -> Result<Self, ListenError> {
+    /// If none can be: in use, not ours, not allowed, not handed over.
+    pub fn bind(address: &Listen, inherited: &mut Inherited) -> Result<Self, ListenError> {
         let bound = match address {
             Listen::Tcp(at) => tcp(at),
             Listen::Unix(path) => unix(path),
+            Listen::Inherited(name) => inherited.take(name).and_then(taken),
         };
         bound.map_err(|reason| ListenError { address: address.clone(), reason })
     }
@@ -113,6 +134,21 @@ fn tcp(at: &HostPort) -> io::Result<Bound> {
     Ok(Bound { address, socket: Socket::Tcp(socket) })
 }
 
+/// A socket that listens already and does not block.
+fn taken(socket: OwnedFd) -> io::Result<Bound> {
+    let socket = TcpListener::from(socket);
+    if let Ok(local) = socket.local_addr() {
+        let address = Listen::Tcp(HostPort { host: local.ip().to_string(), port: local.port() });
+        return Ok(Bound { address, socket: Socket::Tcp(socket) });
+    }
+    let socket = UnixListener::from(OwnedFd::from(socket));
+    let local = socket.local_addr()?;
+    let path = local
+        .as_pathname()
+        .ok_or_else(|| io::Error::other("neither TCP nor a Unix socket with a path"))?;
+    Ok(Bound { address: Listen::Unix(path.to_owned()), socket: Socket::Unix(socket) })
+}
+
 fn unix(path: &Path) -> io::Result<Bound> {
     let socket = match UnixListener::bind(path) {
         // What a process that was killed left behind; a socket somebody serves is not touched.
@@ -123,6 +159,8 @@ fn unix(path: &Path) -> io::Result<Bound> {
         other => other?,
     };
     socket.set_nonblocking(true)?;
+    // Who may connect is decided by the folder's permissions.
+    std::fs::set_permissions(path, Permissions::from_mode(0o666))?;
     Ok(Bound { address: Listen::Unix(path.to_owned()), socket: Socket::Unix(socket) })
 }
 
@@ -141,8 +179,15 @@ impl<A> Listening<A> {
     /// Lets `service` listen on `bound`.
     pub fn new(mut service: Service<A>, bound: Bound) -> Self {
         let config = match &bound.address {
-            Listen::Tcp(_) => ListenerConfig::tcp(key(&bound.address)),
-            Listen::Unix(_) => ListenerConfig::uds(key(&bound.address)),
+            Listen::Unix(path) => {
+                let config = ListenerConfig::uds(key(&bound.address));
+                match std::fs::metadata(path) {
+                    // Pingora sets a mode in any case: the one it has, which a socket unit may have chosen.
+                    Ok(file) => config.permissions(file.permissions()),
+                    Err(_) => config,
+                }
+            }
+            Listen::Tcp(_) | Listen::Inherited(_) => ListenerConfig::tcp(key(&bound.address)),
         };
         let buffers = L4BufferSettings::default().read(READ_BUFFER);
         service.add_listener(config.l4_buffer(buffers));
@@ -155,6 +200,7 @@ fn key(address: &Listen) -> String {
     match address {
         Listen::Tcp(at) => at.to_string(),
         Listen::Unix(path) => path.to_string_lossy().into_owned(),
+        Listen::Inherited(name) => name.clone(),
     }
 }
 
@@ -194,12 +240,33 @@ impl<A: ServerApp + Send + Sync + 'static> ServiceTrait for Listening<A> {
 mod tests {
     use super::*;
 
+    fn bind(address: &Listen) -> Result<Bound, ListenError> {
+        Bound::bind(address, &mut Inherited::default())
+    }
+
+    #[test]
+    fn a_socket_that_was_handed_over_is_taken_by_its_name_and_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("http.sock");
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = tcp.local_addr().unwrap().to_string();
+        let unix = UnixListener::bind(&path).unwrap();
+        let handed = [("admin", tcp.into()), ("http", unix.into())];
+        let mut inherited =
+            Inherited(handed.map(|(name, fd): (&str, OwnedFd)| (name.to_owned(), fd)).into());
+        let mut take = |text: &str| Bound::bind(&text.parse().unwrap(), &mut inherited);
+        assert_eq!(take("systemd:admin").unwrap().address.to_string(), port);
+        assert_eq!(take("systemd:http").unwrap().address, Listen::Unix(path));
+        let error = take("systemd:http").unwrap_err().to_string();
+        assert!(error.contains("`systemd:http`") && error.contains("handed over"), "{error}");
+    }
+
     #[test]
     fn a_port_in_use_is_named_and_port_zero_becomes_a_real_one() {
-        let first = Bound::bind(&Listen::loopback(0)).unwrap();
+        let first = bind(&Listen::loopback(0)).unwrap();
         let Listen::Tcp(at) = &first.address else { panic!("not TCP") };
         assert_ne!(at.port, 0);
-        let error = Bound::bind(&first.address).unwrap_err().to_string();
+        let error = bind(&first.address).unwrap_err().to_string();
         assert!(error.contains(&format!("`{at}`")) && error.contains("in use"), "{error}");
     }
 
@@ -207,9 +274,9 @@ mod tests {
     fn an_abandoned_socket_file_is_replaced_and_a_served_one_is_not() {
         let folder = tempfile::tempdir().unwrap();
         let path = Listen::Unix(folder.path().join("router.sock"));
-        drop(Bound::bind(&path).unwrap());
-        let served = Bound::bind(&path).unwrap();
-        assert!(Bound::bind(&path).unwrap_err().to_string().contains("in use"));
+        drop(bind(&path).unwrap());
+        let served = bind(&path).unwrap();
+        assert!(bind(&path).unwrap_err().to_string().contains("in use"));
         drop(served);
     }
 }

@@ -10,9 +10,11 @@ use anyhow::Context;
 use baton_router::builder::{RouterBuilder, server_conf};
 use baton_router::cli::Cli;
 use baton_router::config::Loaded;
+use baton_router::listen::Inherited;
 use baton_router::ops::{Drain, HangUps, Notifier, SignalWatch, Signals};
+use baton_router::watchdog::Watchdog;
 use baton_shared::config::{ConfigError, EXIT_CODE};
-use baton_shared::telemetry;
+use baton_shared::{os, telemetry};
 use clap::Parser;
 use pingora_core::server::{RunArgs, Server};
 use pingora_core::services::background::background_service;
@@ -49,6 +51,7 @@ impl From<anyhow::Error> for Failure {
 }
 
 fn run(cli: &Cli) -> Result<(), Failure> {
+    let inherited = Inherited(os::inherited_sockets().context("socket activation")?);
     let Loaded { config, keys, without_effect, .. } = cli.load()?;
     if cli.print_config {
         let text = toml::to_string(&config.spelled_out()).context("configuration as TOML")?;
@@ -65,21 +68,21 @@ fn run(cli: &Cli) -> Result<(), Failure> {
     let again = cli.clone();
     let builder = RouterBuilder::new(config, keys).context("table")?;
     let builder = builder.with_log(log).with_file(cli.config.clone(), move || again.load());
-    Ok(serve(builder)?)
+    Ok(serve(builder, inherited)?)
 }
 
-fn serve(builder: RouterBuilder) -> anyhow::Result<()> {
+fn serve(builder: RouterBuilder, inherited: Inherited) -> anyhow::Result<()> {
     let signals = Arc::new(Signals::install().context("signals")?);
     let notifier = Arc::new(Notifier::new(std::env::var_os("NOTIFY_SOCKET")));
     let shared = Arc::clone(builder.shared());
     let conf = server_conf(&shared.table.snapshot().config);
     let mut server = Server::new_with_opt_and_conf(None, conf);
     server.bootstrap();
-    let addresses = builder.add_to(&mut server)?;
+    let addresses = builder.add_to(&mut server, inherited)?;
     tracing::info!(
         version = telemetry::BUILD.version,
-        listen = addresses.public,
-        admin = addresses.admin,
+        listen = %addresses.public,
+        admin = %addresses.admin,
         context = shared.table.snapshot().context.len(),
         generation = shared.table.snapshot().generation.len(),
         "serving"
@@ -88,6 +91,9 @@ fn serve(builder: RouterBuilder) -> anyhow::Result<()> {
     let (signals_too, notifier_too) = (Arc::clone(&signals), Arc::clone(&notifier));
     let hang_ups = HangUps { reloader, signals: signals_too, notifier: notifier_too };
     server.add_service(background_service("reload", hang_ups));
+    if let Some(watchdog) = Watchdog::wanted(&notifier, &addresses.public) {
+        server.add_service(background_service("watchdog", watchdog));
+    }
     let drain = Drain { shared, signals: Arc::clone(&signals), notifier };
     server.add_service(background_service("drain", drain));
     // Returns only if Pingora ends before the drain does.

@@ -160,7 +160,7 @@ impl Notifier {
         Self(address)
     }
 
-    fn send(&self, state: &str) {
+    pub(crate) fn send(&self, state: &str) {
         let Some(address) = &self.0 else { return };
         let sent = UnixDatagram::unbound()
             .and_then(|socket| socket.send_to_addr(state.as_bytes(), address));

@@ -4,6 +4,8 @@
 use std::ffi::{CStr, OsStr};
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Why the environment was left alone.
@@ -42,6 +44,70 @@ pub fn set_default_environment<K: AsRef<OsStr>, V: AsRef<OsStr>>(
 
 fn threads_running() -> std::io::Result<usize> {
     Ok(std::fs::read_dir("/proc/self/task")?.count())
+}
+
+/// Number of the first socket that a service manager hands over (`sd_listen_fds(3)`).
+const FIRST_INHERITED: RawFd = 3;
+/// More are a mistake.
+const MAX_INHERITED: RawFd = 64;
+
+/// Why inherited sockets cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum InheritedError {
+    /// Not a number, or a senseless one.
+    #[error("`LISTEN_FDS` = `{0}`: must be a number up to {MAX_INHERITED}")]
+    Count(String),
+    /// A number without a socket that accepts connections behind it.
+    #[error(
+        "inherited socket {0} (`{1}`) does not listen: it needs `ListenStream=` and `Accept=no`"
+    )]
+    NotListening(RawFd, String),
+}
+
+/// Listening sockets that the service manager opened for this process (`LISTEN_PID`, `LISTEN_FDS`, `LISTEN_FDNAMES`), with
+/// their names; none when they are meant for another process, and at the second call. They are not passed on to children,
+/// and do not block. To be called first in `main`, before anything else opens files.
+///
+/// # Errors
+/// If what is there is not what the variables say.
+pub fn inherited_sockets() -> Result<Vec<(String, OwnedFd)>, InheritedError> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    let own = std::process::id().to_string();
+    let variable = |name: &str| std::env::var(name).unwrap_or_default();
+    if variable("LISTEN_PID") != own || TAKEN.swap(true, Ordering::Relaxed) {
+        return Ok(Vec::new());
+    }
+    let text = variable("LISTEN_FDS");
+    let count = text.parse().ok().filter(|count| (0..=MAX_INHERITED).contains(count));
+    let count: RawFd = count.ok_or(InheritedError::Count(text))?;
+    let names = variable("LISTEN_FDNAMES");
+    let names = names.split(':').map(str::to_owned).chain(std::iter::repeat("unknown".to_owned()));
+    let take = |(fd, name): (RawFd, String)| {
+        if !is_listening(fd) {
+            return Err(InheritedError::NotListening(fd, name));
+        }
+        // SAFETY: plain calls on a number that was just seen to be an open socket.
+        unsafe {
+            let flags = libc::fcntl(fd, libc::F_GETFL);
+            libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK);
+            libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
+        }
+        // SAFETY: open, and ours alone: by the protocol the variables give these numbers to this process, `TAKEN` lets
+        // nobody have them twice, and nothing before `main` opens a listening socket.
+        Ok((name, unsafe { OwnedFd::from_raw_fd(fd) }))
+    };
+    (FIRST_INHERITED..FIRST_INHERITED + count).zip(names).map(take).collect()
+}
+
+fn is_listening(fd: RawFd) -> bool {
+    let mut listens: libc::c_int = 0;
+    let mut size = libc::socklen_t::try_from(size_of_val(&listens)).expect("4 fits");
+    let place = (&raw mut listens).cast();
+    // SAFETY: `place` has room for the `size` bytes of an int; a number that is no socket is an error.
+    let status = unsafe {
+        libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN, place, &raw mut size)
+    };
+    status == 0 && listens != 0
 }
 
 /// The system's monotonic clock, as service managers compare it (`CLOCK_MONOTONIC`).
@@ -106,6 +172,7 @@ fn address_of(entry: &libc::ifaddrs) -> Option<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsRawFd;
 
     #[test]
     fn the_environment_stays_as_it_is_once_a_second_thread_runs() {
@@ -116,6 +183,21 @@ mod tests {
         assert!(other.join().unwrap().is_err());
         assert!(matches!(result, Err(EnvironmentError::ThreadsRunning(count)) if count > 1));
         assert_eq!(std::env::var_os("BATON_TEST_NEVER_SET"), None);
+    }
+
+    #[test]
+    fn only_a_socket_that_accepts_connections_listens() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        assert!(is_listening(listener.as_raw_fd()));
+        let stream = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        assert!(!is_listening(stream.as_raw_fd()));
+        let file = std::fs::File::open("/proc/self/status").unwrap();
+        assert!(!is_listening(file.as_raw_fd()));
+    }
+
+    #[test]
+    fn sockets_meant_for_another_process_are_left_alone() {
+        assert!(inherited_sockets().unwrap().is_empty());
     }
 
     #[test]

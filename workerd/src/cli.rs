@@ -221,7 +221,7 @@ fn replace_address(
     }
     let HostPort { host: old_host, port: old_port } = match listen {
         Listen::Tcp(address) => address.clone(),
-        Listen::Unix(_) => HostPort { host: "127.0.0.1".into(), port: 8001 },
+        Listen::Unix(_) | Listen::Inherited(_) => HostPort { host: "127.0.0.1".into(), port: 8001 },
     };
     let host = host.unwrap_or(old_host);
     let bare = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(&host);

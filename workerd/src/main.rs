@@ -117,7 +117,7 @@ fn bind(config: &WorkerConfig) -> Result<TcpSocket> {
     let listen = &config.server.listen;
     let addresses = match listen {
         Listen::Tcp(address) => address.resolve().with_context(|| format!("`{listen}`"))?,
-        Listen::Unix(_) => Vec::new(),
+        Listen::Unix(_) | Listen::Inherited(_) => Vec::new(),
     };
     let mut failure = anyhow!("`{listen}` has no address");
     for address in addresses {

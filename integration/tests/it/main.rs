@@ -28,5 +28,6 @@ mod spine;
 mod startup;
 mod streaming;
 mod support;
+mod systemd;
 mod tiny;
 mod tokenizers;

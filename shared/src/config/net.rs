@@ -20,7 +20,7 @@ pub struct HostPort {
     pub port: u16,
 }
 
-/// Where a daemon listens: `127.0.0.1:8001`, `localhost:8001`, `[::1]:8001`, `unix:/path`.
+/// Where a daemon listens: `127.0.0.1:8001`, `localhost:8001`, `[::1]:8001`, `unix:/path`, `systemd:NAME`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Listen {
@@ -28,6 +28,8 @@ pub enum Listen {
     Tcp(HostPort),
     /// A Unix socket.
     Unix(PathBuf),
+    /// The socket of this name that the service manager opened (`FileDescriptorName=`).
+    Inherited(String),
 }
 
 /// Where a worker is reached: `host:port`, `http://host:port`, `unix:/path`.
@@ -63,11 +65,12 @@ impl HostPort {
 }
 
 impl Listen {
-    /// Whether only this machine can reach it.
+    /// Whether only this machine can reach it. An inherited socket counts as reachable from outside.
     pub fn is_loopback(&self) -> bool {
         match self {
             Self::Tcp(address) => address.is_loopback(),
             Self::Unix(_) => true,
+            Self::Inherited(_) => false,
         }
     }
 
@@ -92,6 +95,7 @@ impl fmt::Display for Listen {
         match self {
             Self::Tcp(address) => address.fmt(f),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Inherited(name) => write!(f, "systemd:{name}"),
         }
     }
 }
@@ -157,8 +161,14 @@ impl FromStr for Listen {
     type Err = InvalidAddress;
 
     fn from_str(text: &str) -> Result<Self, InvalidAddress> {
-        if text.starts_with("systemd:") {
-            return Err(InvalidAddress("inherited sockets are not available yet".into()));
+        if let Some(name) = text.strip_prefix("systemd:") {
+            // What `FileDescriptorName=` takes.
+            let legal = |b: u8| (b' '..=b'~').contains(&b) && b != b':';
+            if !(1..=255).contains(&name.len()) || !name.bytes().all(legal) {
+                let rule = "an inherited socket must be named as in `systemd:http`";
+                return Err(InvalidAddress(rule.into()));
+            }
+            return Ok(Self::Inherited(name.to_owned()));
         }
         match unix_path(text) {
             Some(path) => path.map(Self::Unix),
@@ -220,7 +230,9 @@ mod tests {
 
     #[test]
     fn addresses_print_as_they_were_written() {
-        for text in ["127.0.0.1:8001", "localhost:0", "[::1]:8001", "unix:/run/baton.sock"] {
+        let all =
+            ["127.0.0.1:8001", "localhost:0", "[::1]:8001", "unix:/run/baton.sock", "systemd:http"];
+        for text in all {
             assert_eq!(text.parse::<Listen>().unwrap().to_string(), text);
         }
         for text in ["ctx-a.example:80", "unix:/run/w.sock", "[fe80::1]:9"] {
@@ -245,9 +257,9 @@ mod tests {
         for text in ["https://h:1", "h:0", "http://h:1/path", "http://h", "ftp://h:1", "unix:x"] {
             assert!(text.parse::<Endpoint>().is_err(), "{text}");
         }
-        assert!(
-            "systemd:http".parse::<Listen>().unwrap_err().to_string().contains("not available")
-        );
+        for text in ["systemd:", "systemd:a:b", "systemd:a\n"] {
+            assert!(text.parse::<Listen>().is_err(), "{text}");
+        }
     }
 
     #[test]
@@ -255,7 +267,7 @@ mod tests {
         for text in ["127.0.0.1:1", "127.9.9.9:1", "localhost:1", "[::1]:1", "unix:/x"] {
             assert!(text.parse::<Listen>().unwrap().is_loopback(), "{text}");
         }
-        for text in ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example:1"] {
+        for text in ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example:1", "systemd:http"] {
             assert!(!text.parse::<Listen>().unwrap().is_loopback(), "{text}");
         }
     }

@@ -62,7 +62,7 @@ impl WorkerConfig {
 
 impl ServerSection {
     fn validate(&self) -> Result<(), ConfigError> {
-        if let Listen::Unix(_) = self.listen {
+        if let Listen::Unix(_) | Listen::Inherited(_) = self.listen {
             return Err(not_yet("server.listen", &self.listen, "use `host:port`"));
         }
         at_least("server.max_queue", self.max_queue, 1)?;
