@@ -71,7 +71,8 @@ impl RouterCtx {
         if let Some(id) = downstream::header(session, "x-request-id").and_then(RequestId::accept) {
             self.request_id = id;
         }
-        if let Some(parent) = downstream::header(session, "traceparent").and_then(TraceParent::parse)
+        if let Some(parent) =
+            downstream::header(session, "traceparent").and_then(TraceParent::parse)
         {
             self.trace = parent.child();
         }
