@@ -17,6 +17,8 @@ use serde_json::{Value, json};
 
 use self::token::Token;
 use crate::builder::Shared;
+use crate::engine::Outcome;
+use crate::engine::recent::Past;
 use crate::table::reload::{Change, ReloadError, Reloaded};
 use crate::table::worker::Worker;
 
@@ -39,6 +41,7 @@ enum Page<'a> {
     Healthz,
     Readyz,
     Workers,
+    Requests,
     Drain { worker: &'a str, drained: bool },
     Table,
     Rollback,
@@ -61,6 +64,7 @@ impl<'a> Page<'a> {
             "/healthz" => Self::Healthz,
             "/readyz" => Self::Readyz,
             "/admin/workers" => Self::Workers,
+            "/admin/requests" => Self::Requests,
             "/admin/table" => Self::Table,
             "/admin/table/rollback" => Self::Rollback,
             "/admin/log-level" => Self::LogLevel,
@@ -75,7 +79,9 @@ impl<'a> Page<'a> {
     /// For the `Allow` header.
     fn methods(self) -> &'static str {
         match self {
-            Self::Metrics | Self::Healthz | Self::Readyz | Self::Workers => "GET, HEAD",
+            Self::Metrics | Self::Healthz | Self::Readyz | Self::Workers | Self::Requests => {
+                "GET, HEAD"
+            }
             Self::Table | Self::LogLevel => "GET, HEAD, PUT",
             Self::Drain { .. } | Self::Rollback => "POST",
         }
@@ -130,6 +136,7 @@ impl Admin {
             Page::Readyz if self.shared.is_ready() => text(200, "ok\n"),
             Page::Readyz => text(503, "not ready\n"),
             Page::Workers => page_json(&self.workers()),
+            Page::Requests => page_json(&self.requests()),
             Page::Table => page_json(&self.table()?),
             Page::LogLevel => {
                 let level = self.shared.reloader.log_level().ok_or_else(no_logs)?;
@@ -173,7 +180,9 @@ impl Admin {
                 })?;
                 Ok(page_json(&json!({"id": worker, "drained": drained, "changed": changed})))
             }
-            Page::Metrics | Page::Healthz | Page::Readyz | Page::Workers => self.show(page),
+            Page::Metrics | Page::Healthz | Page::Readyz | Page::Workers | Page::Requests => {
+                self.show(page)
+            }
         }
     }
 
@@ -213,6 +222,30 @@ impl Admin {
         let workers: Vec<_> =
             listed.chain(leaving.iter().map(|worker| describe(worker, true))).collect();
         json!({"table_version": table.version, "workers": workers})
+    }
+
+    /// The latest first.
+    fn requests(&self) -> Value {
+        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let describe = |past: Past| {
+            let (outcome, status) = Outcome::describe(past.outcome);
+            json!({
+                "ended_ms": unix_ms(past.ended),
+                "path": past.api.path(),
+                "request_id": past.request_id,
+                "outcome": outcome,
+                "status": status,
+                "body_bytes": past.body_bytes,
+                "context": past.context.map(|worker| worker.id.clone()),
+                "generation": past.generation.map(|worker| worker.id.clone()),
+                "passes": past.passes,
+                "first_byte_ms": past.first_byte.map(milliseconds),
+                "took_ms": milliseconds(past.took),
+            })
+        };
+        let requests: Vec<_> =
+            self.shared.router.recent().list().into_iter().map(describe).collect();
+        json!({ "requests": requests })
     }
 
     fn table(&self) -> Result<Value, Refusal> {

@@ -157,12 +157,7 @@ impl<H: Hooks> RouterProxy<H> {
         if !self.shared.table.snapshot().config.log.access {
             return;
         }
-        let (outcome, status) = match cx.outcome {
-            Some(Outcome::Answered(status)) => ("answered", Some(status)),
-            Some(Outcome::Aborted) => ("aborted", None),
-            Some(Outcome::ClientGone) => ("client_gone", None),
-            None => ("failed", None),
-        };
+        let (outcome, status) = Outcome::describe(cx.outcome);
         let name =
             |worker: &Option<Arc<Worker>>| worker.as_ref().map(|worker| worker.id.to_string());
         tracing::info!(

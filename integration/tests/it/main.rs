@@ -16,6 +16,7 @@ mod handover;
 mod hub;
 mod mixed;
 mod openai_client;
+mod operators;
 mod perplexity;
 mod prefix;
 mod random_faults;

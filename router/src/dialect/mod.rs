@@ -32,6 +32,14 @@ impl Api {
         }
     }
 
+    /// The path of the endpoint.
+    pub fn path(self) -> &'static str {
+        match self {
+            Self::Completions => "/v1/completions",
+            Self::Chat => "/v1/chat/completions",
+        }
+    }
+
     /// The same endpoint on a worker.
     pub fn target(self) -> Target {
         match self {

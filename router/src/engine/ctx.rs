@@ -21,6 +21,18 @@ pub enum Outcome {
     ClientGone,
 }
 
+impl Outcome {
+    /// For logs and the admin port, with the status if there is one.
+    pub fn describe(outcome: Option<Self>) -> (&'static str, Option<u16>) {
+        match outcome {
+            Some(Self::Answered(status)) => ("answered", Some(status)),
+            Some(Self::Aborted) => ("aborted", None),
+            Some(Self::ClientGone) => ("client_gone", None),
+            None => ("failed", None),
+        }
+    }
+}
+
 /// What is known of one request; for logs, and kept by the proxy between its phases.
 #[derive(Debug)]
 pub struct RouterCtx {

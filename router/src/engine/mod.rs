@@ -10,6 +10,7 @@ mod features;
 mod hop;
 mod lease;
 pub mod plan;
+pub mod recent;
 pub mod reply;
 mod route;
 mod stream;
@@ -26,6 +27,7 @@ pub use self::ctx::{Outcome, RouterCtx, Trail};
 use self::downstream::{BodyError, BodyLimits};
 pub use self::downstream::{Downstream, early};
 use self::lease::Releaser;
+use self::recent::Recent;
 pub use self::reply::Reply;
 use self::route::{Route, Routed};
 use self::stream::{End, Patience};
@@ -71,6 +73,7 @@ struct Shared {
     in_flight: InFlight,
     mint: IdMint,
     releaser: Arc<Releaser>,
+    recent: Recent,
 }
 
 /// What is left of a request once it has been routed.
@@ -93,7 +96,8 @@ impl Router {
     pub fn new(parts: Parts) -> Self {
         let Parts { table, metrics, keys, in_flight, mint } = parts;
         let releaser = Arc::new(Releaser::new(keys.clone(), Arc::clone(&metrics)));
-        Self(Arc::new(Shared { table, metrics, keys, in_flight, mint, releaser }))
+        let recent = Recent::default();
+        Self(Arc::new(Shared { table, metrics, keys, in_flight, mint, releaser, recent }))
     }
 
     /// Whether [`Self::handle`] is for this path.
@@ -109,6 +113,11 @@ impl Router {
     /// What it counts.
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.0.metrics
+    }
+
+    /// The last requests.
+    pub fn recent(&self) -> &Recent {
+        &self.0.recent
     }
 
     /// Requests being served.
@@ -159,6 +168,7 @@ impl Router {
             Some(Outcome::ClientGone) | None => RequestOutcome::ClientGone,
         };
         metrics.request_ended(endpoint(api), outcome, cx.started.elapsed());
+        self.0.recent.add(api, cx);
         ended
     }
 
