@@ -1,10 +1,15 @@
 //! A cluster with a key: records and releases are signed, and another key is not believed.
 
+use std::net::SocketAddr;
+
 use baton_integration::client::Client;
+use baton_integration::process::free_port;
+use baton_shared::wire::auth::Keys;
 use serde_json::json;
 use toml::toml;
 
 use crate::support::{all_free, complete, start};
+use crate::systemd::{Scene, end};
 use crate::tiny;
 use baton_integration::cluster::{Cluster, Plan, set};
 use std::time::Duration;
@@ -96,5 +101,37 @@ async fn keys_are_rotated_without_a_refused_request() {
         assert_eq!(complete(cluster.client(), &request, false).await.usage[1], 4);
         all_free(&cluster, Duration::from_secs(4)).await;
         cluster.stop(STOP).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn hand_overs_carry_upstreams_signature_only_where_there_is_a_key() {
+    const HEADER: &str = "x-trtllm-disagg-auth";
+    for key in [None, Some("a-key-that-is-long-enough-1\n")] {
+        let address: SocketAddr = format!("127.0.0.1:{}", free_port().unwrap()).parse().unwrap();
+        let scene = Scene::new(&address.to_string()).await;
+        let folder = tempfile::tempdir().unwrap();
+        if let Some(key) = key {
+            let file = folder.path().join("key");
+            std::fs::write(&file, key).unwrap();
+            let file = file.display();
+            scene.configure(&format!("[auth]\ninternal_request_auth_key_file = \"{file}\"\n"));
+        }
+        let router = scene.start();
+        scene.ready().await;
+        let request = json!({"model": "mock", "prompt": "hello", "max_tokens": 4});
+        let answer = Client::new(address).post("/v1/completions", &request).await.unwrap();
+        assert_eq!(answer.status, 200);
+        let [context, generation] =
+            scene.workers.each_ref().map(|worker| worker.requests().pop().unwrap().headers);
+        assert!(!context.contains_key(HEADER), "a context request carries nothing to be signed");
+        let signature = generation.get(HEADER).map(|value| value.to_str().unwrap().to_owned());
+        let expected = key.map(|key| {
+            let file = folder.path().join("key");
+            let keys = Keys::parse(key.as_bytes(), &file).unwrap();
+            keys.sign_disagg(None, Some("QmF0b24=")).unwrap()
+        });
+        assert_eq!(signature, expected);
+        end(router);
     }
 }

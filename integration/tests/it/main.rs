@@ -13,6 +13,7 @@ mod equality;
 mod fire;
 mod golden;
 mod handover;
+mod hostile;
 mod hub;
 mod mixed;
 mod openai_client;

@@ -299,6 +299,20 @@ async fn an_early_stop_needs_no_generation_worker() {
     assert!(read.rest.ends_with("data: [DONE]\n\n\r\n0\r\n\r\n"), "{:?}", read.rest);
     scene.router.drained().await;
     assert!(generation.asks().is_empty() && !context.has_releases());
+    let idle = |worker: &Arc<Worker>| worker.in_flight() == 0 && worker.queued_tokens() == 0;
+    assert!(scene.router.table().snapshot_full().workers().all(idle), "nothing stays reserved");
+}
+
+#[tokio::test]
+async fn a_failed_context_pass_reserves_nothing_any_more() {
+    let context = Scripted::start(|_, _| Act::Answer(500, json!({}))).await;
+    let generation = Scripted::generation().await;
+    let scene = scene(&[&context], &[&generation], keep).await;
+    assert_eq!(scene.ask(&plain()).await.status, 502);
+    scene.router.drained().await;
+    assert!(generation.asks().is_empty());
+    let idle = |worker: &Arc<Worker>| worker.in_flight() == 0 && worker.queued_tokens() == 0;
+    assert!(scene.router.table().snapshot_full().workers().all(idle));
 }
 
 #[tokio::test]

@@ -141,6 +141,20 @@ fn least_loaded_follows_tokens_or_requests_as_told() {
     assert_eq!(choose(LoadMeasure::Requests), Some(0));
 }
 
+#[test]
+fn equal_loads_are_taken_in_turn() {
+    for measure in [LoadMeasure::Requests, LoadMeasure::Tokens] {
+        let pool = workers(&[1, 1, 1]);
+        let _busy = pool[1].begin(10);
+        let choose =
+            |turn| pick_at(Policy::LeastLoaded(measure), &pool, &Tried::default(), turn).unwrap();
+        let chosen: Vec<_> = (0..6).map(choose).collect();
+        let count = |index| chosen.iter().filter(|one| **one == index).count();
+        assert_eq!([0, 1, 2].map(count), [3, 0, 3], "{chosen:?}");
+        assert!(chosen.windows(2).all(|two| two[0] != two[1]), "{chosen:?}");
+    }
+}
+
 /// Picks and remembers as the table does, and counts the request until the guard is dropped.
 fn send(
     policy: Policy,

@@ -207,6 +207,30 @@ fn a_request_for_one_worker_is_the_clients_without_its_params() {
 }
 
 #[test]
+fn what_the_first_token_weighed_is_passed_on_to_the_byte() {
+    // Numbers that a parser would round, spell otherwise or refuse.
+    for weighed in [
+        r#"[]"#,
+        r#"[{"1":{"logprob":-0.10000000000000001,"rank":1}}]"#,
+        r#"[{"1":{"logprob":-1e-7,"rank":null},"2":{"logprob":-12345678901234567890.5,"rank":2}}]"#,
+        r#"[[{"1" : {"logprob":-0.0}}],"not a list"]"#,
+    ] {
+        let mut params = params();
+        params["first_gen_log_probs"] = json!("LOGPROBS");
+        params["first_gen_logits"] = json!("LOGITS");
+        let answer = context_answer(&params).to_string();
+        let answer = answer.replace("\"LOGPROBS\"", weighed).replace("\"LOGITS\"", weighed);
+        let answer = ContextAnswer::parse(answer.into(), ID).unwrap();
+        let request = client(Api::Completions, r#"{"prompt":"p"}"#);
+        let sent = request.generation(&answer, Era::Main).concat();
+        let sent = String::from_utf8(sent).unwrap();
+        for name in ["first_gen_log_probs", "first_gen_logits"] {
+            assert!(sent.contains(&format!("\"{name}\":{weighed}")), "{sent}");
+        }
+    }
+}
+
+#[test]
 fn of_several_params_of_a_choice_the_last_count() {
     let first = r#"{"request_type":"context_only","ctx_request_id":1,"disagg_request_id":1,"schedule_style":7}"#;
     let last = r#"{"ctx_request_id":2,"encoded_opaque_state":"b"}"#;
