@@ -22,6 +22,7 @@ mod perplexity;
 mod prefix;
 mod random_faults;
 mod reload;
+mod restarts;
 mod router_faults;
 mod router_load;
 mod scripted;
