@@ -7,6 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::testing::*;
 use super::*;
+use crate::table::worker::Worker;
 
 fn plain() -> serde_json::Value {
     json!({"model": "M", "prompt": "hello", "max_tokens": 4})
