@@ -292,7 +292,6 @@ url = \"localhost:8003\"
         for text in [
             "[routing]\nschedule_style = \"generation_first\"\n",
             "[[context.servers]]\nurl = \"https://h:1\"\n",
-            "[server]\nlisten = \"systemd:http\"\n",
         ] {
             let mistake = mistake(text);
             assert!(mistake.contains("not available yet"), "{mistake}");
