@@ -1,7 +1,7 @@
 //! Life of the process: signals, drain, and what systemd wants to know.
 //!
 //! SIGTERM, SIGINT and SIGQUIT drain: the port is closed, what has reached it is served within `drain_timeout`, exit 0;
-//! a second one ends at once. SIGHUP reads the configuration again. Pingora alone would sleep its whole grace period and then cut
+//! a later one ends at once. SIGHUP reads the configuration again. Pingora alone would sleep its whole grace period and then cut
 //! every stream, so the drain ends the process itself.
 
 use std::ffi::OsString;
@@ -9,7 +9,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use pingora_core::server::{ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
@@ -127,7 +127,7 @@ impl BackgroundService for Drain {
         tracing::info!(in_flight = self.shared.in_flight.count(), ?limit, "draining");
         let code = tokio::select! {
             () = self.drained(limit) => 0,
-            () = self.signals.ending() => {
+            () = self.second_signal() => {
                 tracing::warn!("second signal, requests in flight are cut");
                 1
             }
@@ -136,7 +136,20 @@ impl BackgroundService for Drain {
     }
 }
 
+/// Signals this close together are one wish: a terminal's Ctrl-C goes to a whole group, and its leader passes it on.
+const ONE_WISH: Duration = Duration::from_millis(300);
+
 impl Drain {
+    async fn second_signal(&self) {
+        let begun = Instant::now();
+        loop {
+            self.signals.ending().await;
+            if begun.elapsed() > ONE_WISH {
+                return;
+            }
+        }
+    }
+
     async fn drained(&self, limit: Duration) {
         if tokio::time::timeout(limit, self.shared.drain()).await.is_err() {
             let in_flight = self.shared.in_flight.count();

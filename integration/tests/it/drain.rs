@@ -1,8 +1,8 @@
 //! A router that is told to stop: nobody is failed by that.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use baton_integration::client::Client;
+use baton_integration::client::{Client, Stream};
 use baton_integration::eventually::eventually;
 use baton_integration::kept::Kept;
 use baton_integration::mock_worker::Behaviour;
@@ -51,13 +51,39 @@ async fn a_request_on_a_kept_connection_is_served_in_a_drain_and_told_to_close_i
 
 #[tokio::test]
 async fn a_stream_that_runs_when_a_drain_begins_comes_to_its_end() {
+    let (scene, stream) = stopped_in_a_stream(&["TERM"]).await;
+    assert_eq!(stream.events().await.unwrap().len(), 50);
+    ended_well(scene);
+}
+
+/// A stream that has begun and goes on for a second, in front of a router that was told to stop by these signals.
+async fn stopped_in_a_stream(signals: &[&str]) -> (Scene, Stream) {
     let mut scene = scene_of(1, 1, 50, Table::new()).await;
     scene.generations[0].behave(Behaviour::Pace(Duration::from_millis(20)));
     let mut stream = scene.client().stream(PATH, &ask_stream()).await.unwrap();
     stream.event().await.unwrap().unwrap();
-    scene.router.process.signal("TERM").unwrap();
+    for signal in signals {
+        scene.router.process.signal(signal).unwrap();
+    }
+    (scene, stream)
+}
+
+#[tokio::test]
+async fn two_signals_at_once_are_one_as_a_terminal_and_a_supervisor_send_them() {
+    let (scene, stream) = stopped_in_a_stream(&["INT", "TERM"]).await;
     assert_eq!(stream.events().await.unwrap().len(), 50);
     ended_well(scene);
+}
+
+#[tokio::test]
+async fn a_later_signal_ends_a_drain_with_what_is_in_flight() {
+    let (mut scene, _stream) = stopped_in_a_stream(&["TERM"]).await;
+    let begun = Instant::now();
+    while scene.router.process.ended().unwrap().is_none() {
+        assert!(begun.elapsed() < PATIENCE, "it goes on");
+        scene.router.process.signal("TERM").unwrap();
+    }
+    assert_eq!(scene.router.process.ended().unwrap().unwrap().code(), Some(1));
 }
 
 #[tokio::test]
