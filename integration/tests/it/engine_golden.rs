@@ -91,9 +91,10 @@ impl Engine {
                 for head in layout.heads.clone() {
                     let at = layout.offset(block, layer, head, kv) as usize
                         + (position % BLOCK_TOKENS) as usize * dim * 2;
-                    let mut vector = vec![0; dim];
-                    pool.region.read_elements(at, &mut vector);
-                    out.extend(vector.iter().map(|bits| bf16::from_bits(*bits).to_f32()));
+                    let mut vector = vec![0; dim * 2];
+                    pool.region.read(at, &mut vector).unwrap();
+                    let (elements, _) = vector.as_chunks();
+                    out.extend(elements.iter().map(|bits| bf16::from_le_bytes(*bits).to_f32()));
                 }
             }
             out

@@ -319,8 +319,8 @@ fn a_sequence_continues_from_another_pools_blocks(make: &dyn Fn() -> Box<dyn Bac
     let bytes = usize::try_from(from.layout.stride_block).expect("a block is in memory");
     let mut block = vec![0; bytes];
     for (source, target) in lane.table.iter().zip(&pulled.table).take(2) {
-        from.region.read(source.0 as usize * bytes, &mut block);
-        to.region.write(target.0 as usize * bytes, &block);
+        from.region.read(source.0 as usize * bytes, &mut block).expect("a block can be read");
+        to.region.write(target.0 as usize * bytes, &block).expect("a block can be written");
     }
     generation.finish(&mut pulled, 16);
     assert_eq!(pulled.seen, alone(make, 8, len));

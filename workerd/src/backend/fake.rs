@@ -15,6 +15,7 @@ use baton_shared::kv::layout::{KvDtype, KvLayout};
 use super::{Backend, BackendError, Caps, StepTicket};
 use crate::engine::sampling::Sampler;
 use crate::engine::step::{Input, Slot, SlotOpen, StepOut, StepPlan, StepSeq};
+use crate::kv::host_memory::HostMemory;
 use crate::kv::region::{KvRegion, Region};
 
 /// A held fake is let go after this, so that a failed test ends.
@@ -106,6 +107,7 @@ impl FakeScript {
 pub struct FakeBackend {
     caps: Caps,
     kv: KvRegion,
+    memory: HostMemory,
     slots: HashMap<Slot, FakeSlot>,
     submitted: VecDeque<(StepTicket, StepPlan)>,
     ran: VecDeque<(StepTicket, Result<StepOut, BackendError>)>,
@@ -129,9 +131,11 @@ impl FakeBackend {
         // Two bf16 elements are the four bytes of a token id.
         let layout = KvLayout::block_major(KvDtype::Bf16, block_tokens, 2, blocks, 0..1, 0..1);
         let bytes = usize::try_from(layout.bytes()).map_err(std::io::Error::other)?;
+        let memory = HostMemory::zeroed(bytes)?;
         Ok(Self {
             caps,
-            kv: KvRegion { region: Region::host(bytes)?, layout },
+            kv: KvRegion { region: Region::Host(memory.clone()), layout },
+            memory,
             slots: HashMap::new(),
             submitted: VecDeque::new(),
             ran: VecDeque::new(),
@@ -154,15 +158,15 @@ impl FakeBackend {
     }
 
     fn write(&self, table: &[BlockIndex], position: u32, token: u32) {
-        self.kv.region.write(self.place(table, position, 0), &token.to_le_bytes());
-        self.kv.region.write(self.place(table, position, 1), &(!token).to_le_bytes());
+        self.memory.write(self.place(table, position, 0), &token.to_le_bytes());
+        self.memory.write(self.place(table, position, 1), &(!token).to_le_bytes());
     }
 
     /// The token at a position, unless K and V do not belong together.
     fn read(&self, table: &[BlockIndex], position: u32) -> Option<u32> {
         let word = |kv| {
             let mut bytes = [0; 4];
-            self.kv.region.read(self.place(table, position, kv), &mut bytes);
+            self.memory.read(self.place(table, position, kv), &mut bytes);
             u32::from_le_bytes(bytes)
         };
         (word(0) == !word(1)).then(|| word(0))
@@ -272,8 +276,8 @@ impl Backend for FakeBackend {
         let bytes = usize::try_from(self.kv.layout.stride_block).expect("the pool is in memory");
         let mut block = vec![0; bytes];
         for (from, to) in pairs {
-            self.kv.region.read(from.0 as usize * bytes, &mut block);
-            self.kv.region.write(to.0 as usize * bytes, &block);
+            self.memory.read(from.0 as usize * bytes, &mut block);
+            self.memory.write(to.0 as usize * bytes, &block);
         }
         Ok(())
     }

@@ -266,7 +266,11 @@ fn prefix_cache(door: &Door, config: &EngineConfig, kv: &KvRegion) -> Option<Pre
 fn overwrite(kv: &KvRegion) -> OnLost {
     let bytes = usize::try_from(kv.layout.block_bytes()).expect("a block fits into memory");
     let (region, nothing) = (kv.region.clone(), vec![0xff; bytes]);
-    Box::new(move |block| region.write(block.0 as usize * bytes, &nothing))
+    Box::new(move |block| {
+        if let Err(error) = region.write(block.0 as usize * bytes, &nothing) {
+            tracing::error!(block = block.0, %error, "a block that lost its content keeps it");
+        }
+    })
 }
 
 /// Ends an output by an error.

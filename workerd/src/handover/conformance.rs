@@ -48,7 +48,7 @@ impl Side {
 
     fn fill(&self, mark: u64) {
         for (at, start) in (0..BYTES).step_by(BLOCK).enumerate() {
-            self.memory.write(start, &block(mark, at));
+            self.memory.write(start, &block(mark, at)).unwrap();
         }
     }
 
@@ -56,7 +56,7 @@ impl Side {
     fn holds(&self, at: usize, count: usize, mark: u64, from: usize) -> bool {
         let mut bytes = vec![0; BLOCK];
         (0..count).all(|next| {
-            self.memory.read((at + next) * BLOCK, &mut bytes);
+            self.memory.read((at + next) * BLOCK, &mut bytes).unwrap();
             bytes == block(mark, from + next)
         })
     }
@@ -68,7 +68,7 @@ impl Side {
 
     /// Runs are offsets: source, target, length.
     fn post(&mut self, op: Op, peer: &Side, runs: &[(usize, usize, usize)]) -> TransferId {
-        let (ours, theirs) = (self.memory.base() as u64, peer.memory.base() as u64);
+        let (ours, theirs) = (self.memory.base(), peer.memory.base());
         let (source, target) = match op {
             Op::Read => (theirs, ours),
             Op::Write => (ours, theirs),
@@ -193,11 +193,7 @@ fn a_lost_peer_is_an_error_and_its_next_start_works_at_once(open: Open<'_>) {
     let (mut near, far) = (Side::new(open, "lost/near"), Side::new(open, "lost/far/1"));
     near.transfer(Op::Read, &far, &[(0, 0, BLOCK)]);
     let peer = near.transport.connect(&far.address).unwrap();
-    let run = CopyRun {
-        source: far.memory.base() as u64,
-        target: near.memory.base() as u64,
-        len: BLOCK as u64,
-    };
+    let run = CopyRun { source: far.memory.base(), target: near.memory.base(), len: BLOCK as u64 };
     // The memory stays mapped: over TCP a read of memory that is gone would end the owner's process, which is ours.
     let Side { transport, memory: _mapped, .. } = far;
     drop(transport);

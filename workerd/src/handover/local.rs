@@ -255,6 +255,10 @@ fn unreachable(peer: &str, reason: &str) -> TransportError {
     TransportError::Unreachable { peer: peer.to_owned(), reason: reason.to_owned() }
 }
 
+fn broken(call: &'static str, reason: String) -> TransportError {
+    TransportError::Broken { call, reason }
+}
+
 /// Regions and offsets of a run: where it is read, where it is written.
 fn pieces<'a>(
     state: &'a State,
@@ -270,7 +274,7 @@ fn pieces<'a>(
     let find = |name: &str, address: u64| {
         let regions = state.agents.get(name).map_or(&[][..], |agent| &agent.regions);
         let found = regions.iter().find_map(|region| {
-            let offset = address.checked_sub(region.base() as u64)?;
+            let offset = address.checked_sub(region.base())?;
             (offset.checked_add(run.len)? <= region.bytes() as u64).then_some((region, offset))
         });
         let missing = || unreachable(name, "it registered no such memory");
@@ -291,8 +295,8 @@ fn copy(
     let mut bounce = vec![0; len.min(BOUNCE)];
     for start in (0..len).step_by(BOUNCE) {
         let piece = &mut bounce[..BOUNCE.min(len - start)];
-        source.read(from + start, piece);
-        target.write(to + start, piece);
+        source.read(from + start, piece).map_err(|reason| broken("reading memory", reason))?;
+        target.write(to + start, piece).map_err(|reason| broken("writing memory", reason))?;
     }
     Ok(())
 }

@@ -46,7 +46,7 @@ pub fn leased_blocks(
         ranks: vec![RankBlocks {
             agent: serve.agent.clone(),
             metadata: serve.metadata.clone(),
-            pool_base: pool.region.base() as u64,
+            pool_base: pool.region.base(),
             device: None,
             layout: pool.layout.clone(),
             epoch_address: lease.epoch_address,

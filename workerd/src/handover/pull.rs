@@ -117,7 +117,7 @@ pub fn copy_runs(
     skip: usize,
     target: &[BlockIndex],
 ) -> Result<Vec<(RankBlocks, Vec<CopyRun>)>, LayoutMismatch> {
-    let base = pool.region.base() as u64;
+    let base = pool.region.base();
     let of_rank = |rank: &RankBlocks| {
         let mut left = u32::try_from(skip).unwrap_or(u32::MAX);
         let mut wanted = Vec::with_capacity(rank.blocks.len());
@@ -274,7 +274,7 @@ mod tests {
         assert_eq!(block, 12 << 20);
         let record = offered(&theirs, &[1, 2, 4]);
         let leased = record.lease.unwrap();
-        let (their_base, our_base) = (theirs.region.base() as u64, ours.region.base() as u64);
+        let (their_base, our_base) = (theirs.region.base(), ours.region.base());
         let target = [3, 4, 0].map(BlockIndex);
         let runs = &copy_runs(&leased, &ours, 0, &target).unwrap()[0].1;
         let at = |source: u64, target: u64, len| CopyRun {

@@ -3,6 +3,7 @@
 mod block;
 pub mod events;
 mod free_list;
+pub mod host_memory;
 pub mod lease;
 pub mod pool;
 pub mod prefix;

@@ -1,56 +1,74 @@
-//! Memory that peers read and write: only raw pointers and copies, never a `&mut [u8]` (a peer may write at any time).
-#![expect(unsafe_code, reason = "memory that peers read and write is reached by raw pointers only")]
+//! Memory that a transport can register, of this host or of a device: one address, one length, one owner.
+//!
+//! Host memory is [`HostMemory`]. Memory of a device is what its back end offers as [`DeviceMemory`]: nothing here or
+//! in the hand-over calls a driver, and no device address is ever followed by this process.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
 use baton_shared::kv::layout::KvLayout;
 
-/// Bytes of a huge page. Attention walks through blocks far apart: with small pages it waits for page tables.
-const HUGE_PAGE: usize = 2 << 20;
+use super::host_memory::HostMemory;
 
-/// A page-aligned, zeroed private mapping of host memory, unmapped when the last [`Region`] of it is gone.
-#[derive(Debug)]
-struct HostMemory {
-    base: *mut u8,
-    bytes: usize,
+/// Where a region's bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// In this host's memory.
+    Host,
+    /// In the memory of the CUDA device of that ordinal.
+    Cuda(u32),
 }
 
-// SAFETY: the mapping lives as long as the struct, and all access goes through raw pointers; who may touch which bytes when is decided by block states.
-unsafe impl Send for HostMemory {}
-// SAFETY: as above.
-unsafe impl Sync for HostMemory {}
-
-impl Drop for HostMemory {
-    fn drop(&mut self) {
-        // SAFETY: `base` and `bytes` are what `mmap` gave, unmapped exactly once.
-        unsafe { libc::munmap(self.base.cast(), self.bytes) };
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Host => f.write_str("host memory"),
+            Self::Cuda(ordinal) => write!(f, "device memory of cuda:{ordinal}"),
+        }
     }
 }
 
-/// A new anonymous private mapping at an address of the kernel's choice.
-fn map(bytes: usize) -> std::io::Result<*mut u8> {
-    // SAFETY: no memory that is in use is named.
-    let base = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            bytes,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-            -1,
-            0,
-        )
-    };
-    if base == libc::MAP_FAILED {
-        return Err(std::io::Error::last_os_error());
-    }
-    Ok(base.cast())
+/// Memory of a device, as the back end that owns the device offers it. Freed when dropped.
+///
+/// Offsets are bytes from [`Self::base`] and were checked; errors are the driver's words. The copies may be called on
+/// any thread and have ended when they return. They wait for no step of the back end, and no step for them: whoever
+/// calls them sees to that.
+pub trait DeviceMemory: Send + Sync + std::fmt::Debug {
+    /// First byte, as the device addresses it.
+    fn base(&self) -> u64;
+    /// Length in bytes.
+    fn bytes(&self) -> usize;
+    /// Which device.
+    fn ordinal(&self) -> u32;
+    /// Makes the device's context current on the calling thread: whoever registers memory needs it.
+    ///
+    /// # Errors
+    /// The driver's words.
+    fn make_current(&self) -> Result<(), String>;
+    /// Copies `into.len()` bytes from `offset` to the host.
+    ///
+    /// # Errors
+    /// The driver's words.
+    fn read(&self, offset: usize, into: &mut [u8]) -> Result<(), String>;
+    /// Copies `from` to `offset`.
+    ///
+    /// # Errors
+    /// The driver's words.
+    fn write(&self, offset: usize, from: &[u8]) -> Result<(), String>;
+    /// Copies `len` bytes from offset `from` to offset `to`, which do not overlap.
+    ///
+    /// # Errors
+    /// The driver's words.
+    fn copy_within(&self, from: usize, to: usize, len: usize) -> Result<(), String>;
 }
 
 /// A range of memory that can be registered with a transport. Cloning shares it.
 #[derive(Clone, Debug)]
-pub struct Region {
-    memory: Arc<HostMemory>,
+pub enum Region {
+    /// Memory of this host.
+    Host(HostMemory),
+    /// Memory of a device.
+    Device(Arc<dyn DeviceMemory>),
 }
 
 impl Region {
@@ -59,112 +77,107 @@ impl Region {
     /// # Errors
     /// What the system says when there is not so much.
     pub fn host(bytes: usize) -> std::io::Result<Self> {
-        let bytes = bytes.max(1).next_multiple_of(4096);
-        if bytes < HUGE_PAGE {
-            return Ok(Self { memory: Arc::new(HostMemory { base: map(bytes)?, bytes }) });
-        }
-        // An aligned stretch out of a longer one; what lies before and behind it is given back.
-        let longer = bytes.checked_add(HUGE_PAGE).ok_or(std::io::ErrorKind::OutOfMemory)?;
-        let start = map(longer)?;
-        let before = start.align_offset(HUGE_PAGE).min(HUGE_PAGE);
-        let base = start.wrapping_add(before);
-        for (part, len) in [(start, before), (base.wrapping_add(bytes), HUGE_PAGE - before)] {
-            if len > 0 {
-                // SAFETY: whole pages of the mapping just made that nobody knows of.
-                unsafe { libc::munmap(part.cast(), len) };
-            }
-        }
-        // Only a wish: where there are no huge pages, small ones do.
-        // SAFETY: the mapping just made, as long as it still is.
-        unsafe { libc::madvise(base.cast(), bytes, libc::MADV_HUGEPAGE) };
-        Ok(Self { memory: Arc::new(HostMemory { base, bytes }) })
+        HostMemory::zeroed(bytes).map(Self::Host)
     }
 
-    /// First byte.
-    pub fn base(&self) -> *mut u8 {
-        self.memory.base
+    /// Memory that a device's back end made.
+    pub fn device(memory: Arc<dyn DeviceMemory>) -> Self {
+        Self::Device(memory)
+    }
+
+    /// Where the bytes are.
+    pub fn place(&self) -> Place {
+        match self {
+            Self::Host(_) => Place::Host,
+            Self::Device(memory) => Place::Cuda(memory.ordinal()),
+        }
+    }
+
+    /// Address of the first byte, of this process or of the device.
+    pub fn base(&self) -> u64 {
+        match self {
+            Self::Host(memory) => memory.base() as u64,
+            Self::Device(memory) => memory.base(),
+        }
     }
 
     /// Length in bytes.
     pub fn bytes(&self) -> usize {
-        self.memory.bytes
+        match self {
+            Self::Host(memory) => memory.bytes(),
+            Self::Device(memory) => memory.bytes(),
+        }
+    }
+
+    /// Makes the device's context current on the calling thread, where there is a device.
+    ///
+    /// # Errors
+    /// The driver's words.
+    pub fn make_current(&self) -> Result<(), String> {
+        match self {
+            Self::Host(_) => Ok(()),
+            Self::Device(memory) => memory.make_current(),
+        }
     }
 
     /// Copies `into.len()` bytes from `offset`.
     ///
+    /// # Errors
+    /// The driver's words; never for host memory.
+    ///
     /// # Panics
     /// If the range is not inside the region.
-    pub fn read(&self, offset: usize, into: &mut [u8]) {
-        assert!(offset.checked_add(into.len()).is_some_and(|end| end <= self.bytes()));
-        // SAFETY: in bounds by the assertion; `into` is ours alone.
-        unsafe {
-            std::ptr::copy_nonoverlapping(self.base().add(offset), into.as_mut_ptr(), into.len())
-        };
+    pub fn read(&self, offset: usize, into: &mut [u8]) -> Result<(), String> {
+        self.check(offset, into.len());
+        match self {
+            Self::Host(memory) => {
+                memory.read(offset, into);
+                Ok(())
+            }
+            Self::Device(memory) => memory.read(offset, into),
+        }
     }
 
     /// Copies `from` to `offset`.
     ///
-    /// # Panics
-    /// If the range is not inside the region.
-    pub fn write(&self, offset: usize, from: &[u8]) {
-        assert!(offset.checked_add(from.len()).is_some_and(|end| end <= self.bytes()));
-        // SAFETY: in bounds by the assertion; `from` cannot overlap memory only reachable by raw pointers.
-        unsafe {
-            std::ptr::copy_nonoverlapping(from.as_ptr(), self.base().add(offset), from.len())
-        };
-    }
-}
-
-impl Region {
-    /// Copies `len` bytes from offset `from` to offset `to`; the ranges may overlap.
-    ///
-    /// # Panics
-    /// If either range is not inside the region.
-    pub fn copy_within(&self, from: usize, to: usize, len: usize) {
-        assert!(from.checked_add(len).is_some_and(|end| end <= self.bytes()));
-        assert!(to.checked_add(len).is_some_and(|end| end <= self.bytes()));
-        // SAFETY: both in bounds by the assertions; `copy` allows overlap.
-        unsafe { std::ptr::copy(self.base().add(from), self.base().add(to), len) };
-    }
-
-    /// Copies 16-bit elements, as stored, from `offset`.
+    /// # Errors
+    /// The driver's words; never for host memory.
     ///
     /// # Panics
     /// If the range is not inside the region.
-    pub fn read_elements(&self, offset: usize, into: &mut [u16]) {
-        let len = size_of_val(into);
-        assert!(offset.checked_add(len).is_some_and(|end| end <= self.bytes()));
-        // SAFETY: in bounds by the assertion; `into` is ours alone, `len` bytes long, and any bits are a `u16`.
-        unsafe {
-            std::ptr::copy_nonoverlapping(self.base().add(offset), into.as_mut_ptr().cast(), len);
-        };
-    }
-
-    /// Has the processor fetch `len` bytes from `offset` while it does something else.
-    ///
-    /// # Panics
-    /// If the range is not inside the region.
-    pub fn prefetch(&self, offset: usize, len: usize) {
-        assert!(offset.checked_add(len).is_some_and(|end| end <= self.bytes()));
-        #[cfg(target_arch = "x86_64")]
-        for line in (offset..offset + len).step_by(64) {
-            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-            // SAFETY: in bounds by the assertion; nothing is read as far as the language is concerned.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.base().add(line).cast()) };
+    pub fn write(&self, offset: usize, from: &[u8]) -> Result<(), String> {
+        self.check(offset, from.len());
+        match self {
+            Self::Host(memory) => {
+                memory.write(offset, from);
+                Ok(())
+            }
+            Self::Device(memory) => memory.write(offset, from),
         }
     }
 
-    /// Copies 16-bit elements to `offset`.
+    /// Copies `len` bytes from offset `from` to offset `to`; the ranges do not overlap.
+    ///
+    /// # Errors
+    /// The driver's words; never for host memory.
     ///
     /// # Panics
-    /// If the range is not inside the region.
-    pub fn write_elements(&self, offset: usize, from: &[u16]) {
-        let len = size_of_val(from);
+    /// If either range is not inside the region, or if they overlap.
+    pub fn copy_within(&self, from: usize, to: usize, len: usize) -> Result<(), String> {
+        self.check(from, len);
+        self.check(to, len);
+        assert!(from.abs_diff(to) >= len);
+        match self {
+            Self::Host(memory) => {
+                memory.copy_within(from, to, len);
+                Ok(())
+            }
+            Self::Device(memory) => memory.copy_within(from, to, len),
+        }
+    }
+
+    fn check(&self, offset: usize, len: usize) {
         assert!(offset.checked_add(len).is_some_and(|end| end <= self.bytes()));
-        // SAFETY: in bounds by the assertion; `from` cannot overlap memory only reachable by raw pointers.
-        unsafe {
-            std::ptr::copy_nonoverlapping(from.as_ptr().cast(), self.base().add(offset), len)
-        };
     }
 }
 
@@ -177,9 +190,10 @@ pub struct KvRegion {
     pub layout: KvLayout,
 }
 
-/// A page of epoch words, one a lease slot. Only this process writes it; peers read it.
+/// A page of epoch words in host memory, one a lease slot. Only this process writes it; peers read it.
 #[derive(Clone, Debug)]
 pub struct EpochPage {
+    memory: HostMemory,
     region: Region,
 }
 
@@ -189,10 +203,12 @@ impl EpochPage {
     /// # Errors
     /// As [`Region::host`].
     pub fn new(slots: usize) -> std::io::Result<Self> {
-        let page = Self { region: Region::host(slots * 8)? };
+        let memory = HostMemory::zeroed(slots * 8)?;
+        let page = Self { region: Region::Host(memory.clone()), memory };
         // Half of what a word holds is left to rise into.
-        (0..page.slots())
-            .for_each(|slot| page.word(slot).store(rand::random::<u64>() >> 1, Ordering::Release));
+        (0..page.slots()).for_each(|slot| {
+            page.memory.word(slot).store(rand::random::<u64>() >> 1, Ordering::Release);
+        });
         Ok(page)
     }
 
@@ -203,7 +219,7 @@ impl EpochPage {
 
     /// Words.
     pub fn slots(&self) -> usize {
-        self.region.bytes() / 8
+        self.memory.bytes() / 8
     }
 
     /// Address of a slot's word in this process.
@@ -212,23 +228,17 @@ impl EpochPage {
     /// If there is no such slot.
     pub fn address(&self, slot: usize) -> u64 {
         assert!(slot < self.slots());
-        self.region.base() as u64 + slot as u64 * 8
+        self.region.base() + slot as u64 * 8
     }
 
     /// The word's value.
     pub fn value(&self, slot: usize) -> u64 {
-        self.word(slot).load(Ordering::Acquire)
+        self.memory.word(slot).load(Ordering::Acquire)
     }
 
     /// Raises the word; whatever is written to the lease's blocks afterwards is seen after this.
     pub fn bump(&self, slot: usize) {
-        self.word(slot).fetch_add(1, Ordering::AcqRel);
+        self.memory.word(slot).fetch_add(1, Ordering::AcqRel);
         fence(Ordering::SeqCst);
-    }
-
-    fn word(&self, slot: usize) -> &AtomicU64 {
-        assert!(slot < self.slots());
-        // SAFETY: in bounds, 8-aligned (page base), lives as long as `self`, and only accessed as an atomic here.
-        unsafe { AtomicU64::from_ptr(self.region.base().cast::<u64>().add(slot)) }
     }
 }

@@ -6,7 +6,7 @@
 
 use std::ops::{Deref, DerefMut};
 
-use crate::kv::region::Region;
+use crate::kv::host_memory::HostMemory;
 
 /// Bytes of a mapping, unless one piece is larger.
 const MAPPING: usize = 32 << 20;
@@ -17,13 +17,13 @@ const LINE: usize = 64;
 #[derive(Debug, Default)]
 pub struct Arena {
     /// The newest mapping and how many of its bytes are taken.
-    newest: Option<(Region, usize)>,
+    newest: Option<(HostMemory, usize)>,
 }
 
 /// Bytes of a mapping that no other piece has.
 #[derive(Debug)]
 pub struct Piece {
-    mapping: Region,
+    mapping: HostMemory,
     start: usize,
     len: usize,
 }
@@ -42,10 +42,11 @@ impl Arena {
     /// # Errors
     /// If there is not so much.
     pub fn take(&mut self, len: usize) -> Result<Piece, OutOfMemory> {
-        let free = |(mapping, taken): &(Region, usize)| mapping.bytes() - taken;
+        let free = |(mapping, taken): &(HostMemory, usize)| mapping.bytes() - taken;
         if self.newest.as_ref().is_none_or(|newest| free(newest) < len) {
             let bytes = len.max(MAPPING);
-            let mapping = Region::host(bytes).map_err(|source| OutOfMemory { bytes, source })?;
+            let mapping =
+                HostMemory::zeroed(bytes).map_err(|source| OutOfMemory { bytes, source })?;
             self.newest = Some((mapping, 0));
         }
         let (mapping, taken) = self.newest.as_mut().expect("made above where there was none");

@@ -1,14 +1,17 @@
 //! A layer of the KV pool as sequences see it, through their block tables. Elements are bf16 as stored.
 
 use baton_shared::id::BlockIndex;
+use baton_shared::kv::layout::KvLayout;
 
-use crate::kv::region::KvRegion;
+use crate::kv::host_memory::HostMemory;
 
 /// The pool, one layer of it, and the plan's block tables.
 #[derive(Clone, Copy, Debug)]
 pub struct Cache<'a> {
-    /// The pool.
-    pub pool: &'a KvRegion,
+    /// The pool's memory.
+    pub memory: &'a HostMemory,
+    /// How it lies.
+    pub layout: &'a KvLayout,
     /// Which layer.
     pub layer: u32,
     /// All block tables, back to back; checked against the pool.
@@ -28,7 +31,7 @@ impl Cache<'_> {
     /// Writes a position's vector of a head; the block table begins at `table`.
     pub fn store(&self, table: usize, position: usize, head: usize, kind: Kind, vector: &[u16]) {
         let (offset, _) = self.place(table, position, head, kind);
-        self.pool.region.write_elements(offset, vector);
+        self.memory.write_elements(offset, vector);
     }
 
     /// Reads `tokens` positions from `first` on, a vector after another.
@@ -39,12 +42,12 @@ impl Cache<'_> {
         kind: Kind,
         stored: &mut [u16],
     ) {
-        let size = self.pool.layout.head_dim as usize;
+        let size = self.layout.head_dim as usize;
         let mut done = 0;
         while done < tokens {
             let (offset, run) = self.place(table, first + done, head, kind);
             let run = run.min(tokens - done);
-            self.pool.region.read_elements(offset, &mut stored[done * size..(done + run) * size]);
+            self.memory.read_elements(offset, &mut stored[done * size..(done + run) * size]);
             done += run;
         }
     }
@@ -54,17 +57,17 @@ impl Cache<'_> {
         let vector = self.vector_bytes();
         for kind in [Kind::Key, Kind::Value] {
             let (offset, run) = self.place(table, first, head, kind);
-            self.pool.region.prefetch(offset, run.min(tokens) * vector);
+            self.memory.prefetch(offset, run.min(tokens) * vector);
         }
     }
 
     fn vector_bytes(&self) -> usize {
-        self.pool.layout.head_dim as usize * self.pool.layout.dtype.bytes() as usize
+        self.layout.head_dim as usize * self.layout.dtype.bytes() as usize
     }
 
     /// Offset of a position's vector, and how many positions follow it directly, itself included.
     fn place(&self, table: usize, position: usize, head: usize, kind: Kind) -> (usize, usize) {
-        let layout = &self.pool.layout;
+        let layout = self.layout;
         let tokens = layout.block_tokens as usize;
         let block = self.tables[table + position / tokens];
         let head = layout.heads.start + head as u32;

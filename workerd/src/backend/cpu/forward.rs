@@ -2,8 +2,6 @@
 //!
 //! Each row's result depends on its own token, position and the pool only; see `attention` and `linear`.
 
-use baton_shared::id::BlockIndex;
-
 use super::CpuError;
 use super::arena::{Arena, OutOfMemory};
 use super::attention::{self, Heads, Parts};
@@ -13,7 +11,6 @@ use super::linear::{Activations, Linear, Team, Tiling, grow};
 use super::pieces::{Count, Split};
 use super::places::Places;
 use super::switches::Switches;
-use crate::kv::region::KvRegion;
 use crate::model::{Layer, Source};
 
 /// The weights as the kernels read them.
@@ -174,14 +171,14 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// Runs a step: writes the rows' keys and values to the pool and gives `[sampled row][vocab]`.
+    /// Runs a step: writes the rows' keys and values to the pool, all layers of `cache`, and gives
+    /// `[sampled row][vocab]`.
     pub fn run(
         &mut self,
         team: &mut Team,
         weights: &Weights,
         batch: &Batch,
-        pool: &KvRegion,
-        tables: &[BlockIndex],
+        cache: Cache<'_>,
     ) -> &mut [f32] {
         let rows = batch.tokens.len();
         self.fit(weights, rows);
@@ -191,7 +188,7 @@ impl Workspace {
             weights.embedding.row(batch.tokens[row] as usize, stream);
         });
         for (layer, block) in (0..).zip(&weights.blocks) {
-            let cache = Cache { pool, layer, tables };
+            let cache = Cache { layer, ..cache };
             self.attention(team, weights, block, &batch.places, cache);
             self.feed_forward(team, weights, block, weights.entry(layer as usize + 1));
         }

@@ -22,6 +22,7 @@ use std::collections::VecDeque;
 use baton_shared::id::BlockIndex;
 use baton_shared::kv::layout::{InvalidLayout, KvDtype, KvLayout};
 
+use self::cache::Cache;
 use self::forward::{Batch, Weights, Workspace};
 use self::kernels::Kernels;
 use self::linear::{Scratch, Team};
@@ -29,6 +30,7 @@ use self::threads::Threads;
 use super::{Backend, BackendError, Caps, StepTicket};
 use crate::engine::sampling::Sampler;
 use crate::engine::step::{Input, Slot, StepOut, StepPlan};
+use crate::kv::host_memory::HostMemory;
 use crate::kv::region::{KvRegion, Region};
 use crate::model::{Model, ModelError, ModelSpec, Source};
 
@@ -100,6 +102,8 @@ pub enum CpuError {
 pub struct CpuBackend {
     caps: Caps,
     pool: KvRegion,
+    /// The pool's, without the question where it is.
+    memory: HostMemory,
     weights: Weights,
     team: Team,
     batch: Batch,
@@ -132,9 +136,10 @@ impl CpuBackend {
         let layout = layout(source.spec(), options);
         layout.validate()?;
         let bytes = layout.bytes();
-        let region = usize::try_from(bytes).map_err(|_| std::io::ErrorKind::OutOfMemory.into());
-        let region =
-            region.and_then(Region::host).map_err(|source| CpuError::Memory { bytes, source })?;
+        let memory = usize::try_from(bytes).map_err(|_| std::io::ErrorKind::OutOfMemory.into());
+        let memory = memory
+            .and_then(HostMemory::zeroed)
+            .map_err(|source| CpuError::Memory { bytes, source })?;
         let threads = Threads::new(options.threads)
             .map_err(|source| CpuError::Threads { threads: options.threads, source })?;
         let kernels = match options.simd {
@@ -149,7 +154,8 @@ impl CpuBackend {
                 vocab: source.spec().vocab,
                 lag: 0,
             },
-            pool: KvRegion { region, layout },
+            pool: KvRegion { region: Region::Host(memory.clone()), layout },
+            memory,
             weights: Weights::load(source)?,
             team: Team { kernels, threads, scratch },
             batch: Batch::default(),
@@ -193,8 +199,9 @@ impl CpuBackend {
     }
 
     fn sample(&mut self, step: &StepPlan, out: &mut StepOut) {
-        let Self { team, weights, batch, pool, workspace, slots, .. } = self;
-        let logits = workspace.run(team, weights, batch, pool, &step.tables);
+        let Self { team, weights, batch, pool, memory, workspace, slots, .. } = self;
+        let cache = Cache { memory, layout: &pool.layout, layer: 0, tables: &step.tables };
+        let logits = workspace.run(team, weights, batch, cache);
         let sampled = step.seqs.iter().filter(|seq| seq.sample);
         for (seq, logits) in sampled.zip(logits.chunks_exact_mut(weights.vocab())) {
             let sampler = slots[seq.slot.0 as usize].as_mut().expect("the plan was checked");
@@ -254,7 +261,7 @@ impl Backend for CpuBackend {
         let len = layout.block_bytes() as usize;
         for (from, to) in pairs {
             let (from, to) = (from.0 as usize * stride, to.0 as usize * stride);
-            self.pool.region.copy_within(from, to, len);
+            self.memory.copy_within(from, to, len);
         }
         Ok(())
     }

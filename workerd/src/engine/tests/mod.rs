@@ -148,9 +148,9 @@ impl Rig {
         for (rank, runs) in &job.ranks {
             for run in runs {
                 let mut copy = vec![0; run.len as usize];
-                source.kv.region.read((run.source - rank.pool_base) as usize, &mut copy);
-                let base = self.kv.region.base() as u64;
-                self.kv.region.write((run.target - base) as usize, &copy);
+                source.kv.region.read((run.source - rank.pool_base) as usize, &mut copy).unwrap();
+                let base = self.kv.region.base();
+                self.kv.region.write((run.target - base) as usize, &copy).unwrap();
                 bytes += run.len;
                 descriptors += 1;
             }

@@ -20,6 +20,7 @@ use super::peers::{Peers, PeersSeen, Room};
 use super::pull::{Failure, Part, Pull, Request, Stage, requests, unreachable};
 use super::{MoverError, MoverSettings, write_notice};
 use crate::failpoint::{self, Point};
+use crate::kv::host_memory::HostMemory;
 use crate::kv::region::Region;
 
 /// Epoch words that can be on their way at once.
@@ -30,7 +31,7 @@ pub(super) struct Pulls {
     /// In order of arrival. Before `landing`: the agent goes before the memory.
     pulls: Vec<Pull>,
     transport: Box<dyn Transport>,
-    landing: Region,
+    landing: HostMemory,
     free_slots: Vec<usize>,
     peers: Peers,
     /// While set, nothing is posted: a rebuild waits for healthy requests until then.
@@ -45,8 +46,8 @@ impl Pulls {
         mut transport: Box<dyn Transport>,
         settings: MoverSettings,
     ) -> Result<Self, MoverError> {
-        let landing = Region::host(LANDING_SLOTS * 8)?;
-        transport.register(&landing)?;
+        let landing = HostMemory::zeroed(LANDING_SLOTS * 8)?;
+        transport.register(&Region::Host(landing.clone()))?;
         Ok(Self {
             pulls: Vec::new(),
             transport,

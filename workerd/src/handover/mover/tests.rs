@@ -46,7 +46,7 @@ impl Owner {
         let (pool, epochs) = (pool(), EpochPage::new(8).unwrap());
         for block in 0..BLOCKS {
             let bytes = block_bytes();
-            pool.region.write(block as usize * bytes, &pattern(mark, block, bytes));
+            pool.region.write(block as usize * bytes, &pattern(mark, block, bytes)).unwrap();
         }
         agent.register(&pool.region).unwrap();
         agent.register(epochs.region()).unwrap();
@@ -122,7 +122,7 @@ impl Reader {
 
     fn block(&self, block: u32) -> Vec<u8> {
         let mut bytes = vec![0; block_bytes()];
-        self.pool.region.read(block as usize * bytes.len(), &mut bytes);
+        self.pool.region.read(block as usize * bytes.len(), &mut bytes).unwrap();
         bytes
     }
 }

@@ -33,7 +33,7 @@ struct Memory(Region);
 
 impl nixl::MemoryRegion for Memory {
     unsafe fn as_ptr(&self) -> *const u8 {
-        self.0.base()
+        std::ptr::with_exposed_provenance(self.0.base() as usize)
     }
 
     fn size(&self) -> usize {

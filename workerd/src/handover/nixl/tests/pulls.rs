@@ -99,7 +99,7 @@ fn child_pulls() {
     let arrived = |worker: &str| {
         let mut bytes = vec![0; usize::try_from(pool.layout.block_bytes()).unwrap()];
         WANTED.zip(&target).all(|(from, to)| {
-            pool.region.read(to.0 as usize * bytes.len(), &mut bytes);
+            pool.region.read(to.0 as usize * bytes.len(), &mut bytes).unwrap();
             bytes == block(worker, from, &pool.layout)
         })
     };

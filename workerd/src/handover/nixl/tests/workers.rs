@@ -94,7 +94,7 @@ impl Owner {
     pub fn offer(&self, blocks: Range<u32>, lease: LeaseId, epoch_address: u64, epoch: u64) {
         for index in blocks.clone() {
             let bytes = block(&self.name, index, &self.pool.layout);
-            self.pool.region.write(index as usize * bytes.len(), &bytes);
+            self.pool.region.write(index as usize * bytes.len(), &bytes).unwrap();
         }
         let identity = Identity {
             worker: self.worker.clone(),
@@ -286,7 +286,7 @@ impl Reader {
     pub fn holds(&self, owner: &str, place: u32) -> bool {
         let mut bytes = vec![0; usize::try_from(self.pool.layout.block_bytes()).unwrap()];
         LEASED.zip(place_blocks(place).rev()).all(|(from, to)| {
-            self.pool.region.read(to as usize * bytes.len(), &mut bytes);
+            self.pool.region.read(to as usize * bytes.len(), &mut bytes).unwrap();
             bytes == block(owner, from, &self.pool.layout)
         })
     }
@@ -295,7 +295,7 @@ impl Reader {
     pub fn fill(&self, place: u32) {
         let bytes = vec![FILLER; usize::try_from(self.pool.layout.block_bytes()).unwrap()];
         for index in place_blocks(place) {
-            self.pool.region.write(index as usize * bytes.len(), &bytes);
+            self.pool.region.write(index as usize * bytes.len(), &bytes).unwrap();
         }
     }
 
@@ -303,7 +303,7 @@ impl Reader {
     pub fn written(&self, place: u32) -> HashSet<u32> {
         let mut bytes = vec![0; usize::try_from(self.pool.layout.block_bytes()).unwrap()];
         let mut is_written = |&index: &u32| {
-            self.pool.region.read(index as usize * bytes.len(), &mut bytes);
+            self.pool.region.read(index as usize * bytes.len(), &mut bytes).unwrap();
             bytes.iter().any(|byte| *byte != FILLER)
         };
         place_blocks(place).filter(|index| is_written(index)).collect()
@@ -315,7 +315,7 @@ impl Reader {
         let any = || {
             let mut word = [0; 8];
             place_blocks(place).any(|index| {
-                self.pool.region.read(index as usize * bytes, &mut word);
+                self.pool.region.read(index as usize * bytes, &mut word).unwrap();
                 word != [FILLER; 8]
             })
         };
