@@ -3,7 +3,7 @@
 //
 // The same kernels compile for the host: there BATON_HOST is defined, and `host/shim.hpp`, included before this file,
 // gives every name of the first part another meaning. Rules that keep this possible:
-//   - global memory is touched by `load`, `load_stream`, `store`, `atomic_add` and `copy_async` only;
+//   - global memory is touched by `load`, `load_stream`, `store`, `atomic_add`, `atomic_or` and `copy_async` only;
 //   - shared memory is what SHARED_MEMORY names (its size is the launch's), never a `__shared__` variable;
 //   - every thread of a block reaches every `__syncthreads()`, every lane of a warp every shuffle, `mma`, `load_matrix`.
 
@@ -23,6 +23,10 @@ typedef unsigned long long u64;
 template <class T> DEVICE T load(const T* from) { return *from; }
 template <class T> DEVICE void store(T* to, T value) { *to = value; }
 DEVICE void atomic_add(u32* to, u32 value) { atomicAdd(to, value); }
+DEVICE void atomic_or(u32* to, u32 value) { atomicOr(to, value); }
+// The same in shared memory.
+DEVICE void shared_add(u32* to, u32 value) { atomicAdd(to, value); }
+DEVICE void shared_add(u64* to, u64 value) { atomicAdd(to, value); }
 
 // 16 bytes that are read once: they need not stay in the first cache.
 DEVICE uint4 load_stream(const uint4* from) {
@@ -80,6 +84,10 @@ DEVICE u32 shuffle_xor(u32 value, int mask) { return __shfl_xor_sync(0xffffffffu
 DEVICE u64 shuffle_xor(u64 value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 // The value of the lane `delta` below; its own in the first lanes.
 DEVICE u64 shuffle_up(u64 value, int delta) { return __shfl_up_sync(0xffffffffu, value, delta); }
+// The value of the last lane.
+DEVICE u64 shuffle_last(u64 value) { return __shfl_sync(0xffffffffu, value, 31); }
+// Whether it is so in any lane.
+DEVICE bool any_of_warp(bool is) { return __any_sync(0xffffffffu, is); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
 
@@ -96,6 +104,10 @@ DEVICE float high(u32 both) { return as_float(both & 0xffff0000u); }
 DEVICE bf16 to_bf16(float value) { return (bf16)(pack(value, 0.0f) & 0xffffu); }
 
 DEVICE uint4 load16(const bf16* from) { return load((const uint4*)from); }
+
+#ifndef INFINITY
+#define INFINITY as_float(0x7f800000u)
+#endif
 
 DEVICE float maximum(float a, float b) { return a > b ? a : b; }
 DEVICE float sum_of_warp(float value) {
@@ -117,6 +129,10 @@ DEVICE float sum_of_block(float value, float* scratch) {
 // x / (1 + e^-x)
 DEVICE float silu(float x) { return x / (1.0f + fast_exp2(-1.4426950408889634f * x)); }
 
+// What a product does with its sums: stores them as bf16 or f32, adds them to f32, or stores silu(gate) * up as bf16
+// (8 rows of gates and 8 of ups take turns in the weights).
+enum Mode { BF16, ADD, SWIGLU, F32 };
+
 // How a pool of keys and values lies (`KvLayout`), strides in bytes; `shift` is the logarithm of a block's tokens.
 struct Pool {
     u64 base, stride_block, stride_layer, stride_head, stride_kv;
@@ -130,3 +146,15 @@ DEVICE bf16* place(const Pool& pool, u32 layer, u32 head, u32 kv, const u32* tab
     return (bf16*)(pool.base + block * pool.stride_block + layer * pool.stride_layer + head * pool.stride_head
                    + kv * pool.stride_kv + (u64)within * pool.head_dim * 2);
 }
+
+// What the sampler knows of a sequence, one a slot (`SamplingParams`; the fields of the same name).
+struct Slot {
+    u64 seed;
+    u64 position;  // Output position of the next token.
+    float temperature, top_p, min_p, frequency_penalty, presence_penalty, repetition_penalty;
+    u32 top_k;
+    u32 logprobs;   // Alternatives wanted, plus 1; 0 = no log-probabilities.
+    u32 penalised;  // Whether counts of tokens are kept.
+    u32 last;       // Newest token of prompt and output.
+    u32 padding[2];
+};

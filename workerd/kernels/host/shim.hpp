@@ -103,6 +103,12 @@ template <class T> DEVICE T shuffle_last(T value, SITE) {
     return shuffle(value, [](int) { return 31; }, site);
 }
 
+DEVICE bool any_of_warp(bool is, SITE) {
+    unsigned any = is;
+    for (int mask = 16; mask > 0; mask /= 2) any |= shuffle_xor(any, mask, site);
+    return any;
+}
+
 // Rows of 8x8 matrices become fragments: register i of a lane comes from matrix i.
 template <bool TRANSPOSED> DEVICE void matrices(unsigned (&v)[4], const void* row, host::Site site) {
     host::Machine& m = *host::machine;
