@@ -22,6 +22,7 @@ test-long: build optional-models
 ## Hand-overs from and to the memory of this machine's first GPU.
 test-gpu:
 	$(CARGO_TEST) --lib -- --ignored --nocapture --test-threads=1 gpu_
+	BATON_TEST_POOL_PLACE=cuda:0 $(CARGO_TEST) --lib -- --nocapture --test-threads=2 handover::nixl::tests
 
 ## The CPU engine beside llama.cpp, as tables of ratios: under 10 minutes, after building llama.cpp once.
 ## ARGS="engine --rounds 5" for a part, ARGS="--ik-llama DIR" for one more peer, ARGS=--help for all there is.

@@ -6,9 +6,6 @@ use super::*;
 use crate::backend::cuda::sys::driver;
 use crate::handover::conformance::{Bench, suite};
 
-/// UCX's choice without its copies between devices: all bytes go through sockets.
-const THROUGH_SOCKETS: (&str, &str) = ("UCX_TLS", "tcp,self,cuda_copy");
-
 fn look_for_a_gpu() {
     assert_ne!(driver::count().unwrap(), 0, "no GPU is visible");
 }
@@ -17,7 +14,7 @@ fn look_for_a_gpu() {
 #[ignore = "needs a GPU"]
 fn gpu_nixl_conforms_over_device_memory() {
     look_for_a_gpu();
-    for variables in [&[][..], &[THROUGH_SOCKETS]] {
+    for variables in [&[][..], &[OVER_TCP]] {
         for places in ["device device", "device host", "host device"] {
             let folder = tempfile::tempdir().unwrap();
             Running::start("devices::child_conforms", places, folder.path(), variables).succeed();
@@ -51,7 +48,7 @@ fn child_conforms() {
 fn gpu_blocks_move_between_processes_from_and_to_device_memory() {
     look_for_a_gpu();
     let device = &[IN_DEVICE_MEMORY][..];
-    let through_sockets = &[IN_DEVICE_MEMORY, THROUGH_SOCKETS][..];
+    let through_sockets = &[IN_DEVICE_MEMORY, OVER_TCP][..];
     for (what, owners, reader) in [
         ("device to device", device, device),
         ("device to host", device, &[][..]),

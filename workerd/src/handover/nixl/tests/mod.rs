@@ -19,7 +19,8 @@ use crate::handover::conformance::PATIENCE;
 
 const FOLDER: &str = "BATON_TEST_CHILD_FOLDER";
 const NAME: &str = "BATON_TEST_CHILD_NAME";
-const OVER_TCP: (&str, &str) = ("UCX_TLS", "tcp,self");
+/// `cuda_copy` is for pools in device memory, which it stages for the socket; it is passed over where there is none.
+const OVER_TCP: (&str, &str) = ("UCX_TLS", "tcp,self,cuda_copy");
 
 /// A test of this binary in a process of its own; killed when dropped.
 struct Running {

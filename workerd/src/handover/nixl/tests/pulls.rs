@@ -185,9 +185,11 @@ fn child_reads_from_a_stopped_worker() {
     let (rank, runs) = reader.runs("owner", 0).remove(0);
     let address = PeerAddress { agent: rank.agent, metadata: rank.metadata };
     let peer = agent.connect(&address).unwrap();
+    let far = Place::of_device(rank.device);
+    let ends = Ends { near: reader.pool.region.place(), far };
     let read = |agent: &mut NixlTransport| {
         reader.fill(0);
-        let id = agent.post(Op::Read, peer, Ends::HOST, &runs).unwrap();
+        let id = agent.post(Op::Read, peer, ends, &runs).unwrap();
         wait_for("copied blocks", || reader.holds("owner", 0).then_some(()));
         id
     };
