@@ -35,6 +35,8 @@ fuzz: setup
 
 ## PTX of the GPU kernels, and the registers they may use. ARGS="attention" for one source, ARGS=--check to compare only.
 kernels:
+	@for cu in workerd/kernels/*.cu; do for target in $$(sed -n 's,^// Targets:,,p' $$cu); do \
+		ptx=workerd/kernels/ptx/$$(basename $$cu .cu).$$target.ptx; [ -e $$ptx ] || touch $$ptx; done; done
 	@integration/setup.sh --tools
 	@cargo build --quiet --release --workspace --bin kernels
 	@target/release/kernels $(ARGS)

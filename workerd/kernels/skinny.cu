@@ -1,4 +1,4 @@
-// Targets: compute_80
+// Targets: compute_80 compute_90a
 //
 // Products for few rows (decode): out = x w^T for at most 16 rows of x. Bound by reading the weights once, so nothing
 // goes through shared memory: a lane reads 16 bytes of two rows of weights and of one row of x, and these are the
@@ -10,6 +10,7 @@
 template <int TILES, int COLUMNS, int MODE>
 DEVICE void skinny(const bf16* weights, const bf16* x, void* out, u32 n, u32 k, u32 m, u32 stride) {
     const int AHEAD = 4 / TILES;  // Slices of 32 columns that are read before the first is used.
+    begin_next();
     SHARED_MEMORY(shared);
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     u32 first = blockIdx.x * 16 * TILES;
@@ -22,6 +23,7 @@ DEVICE void skinny(const bf16* weights, const bf16* x, void* out, u32 n, u32 k, 
             row[tile][half] = weights + (u64)(number < n ? number : n - 1) * k + 8 * t;
         }
     float sums[TILES][COLUMNS][4] = {};
+    if (warp * 32 >= k) await_previous();
     for (u32 base = warp * 32; base < k; base += 256 * AHEAD) {
         uint4 a[AHEAD][TILES][2], b[AHEAD][COLUMNS];
 #pragma unroll
@@ -33,12 +35,16 @@ DEVICE void skinny(const bf16* weights, const bf16* x, void* out, u32 n, u32 k, 
 #pragma unroll
                 for (int half = 0; half < 2; half++)
                     a[i][tile][half] = inside ? load_stream((const uint4*)(row[tile][half] + at)) : make_uint4(0, 0, 0, 0);
+        }
+        // Weights are constant: the first of them are on their way before the kernel before this one has ended.
+        if (base == warp * 32) await_previous();
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
 #pragma unroll
             for (int j = 0; j < COLUMNS; j++) {
-                u32 number = 8 * j + g;
-                b[i][j] = inside && number < m ? load16(x + (u64)number * k + at + 8 * t) : make_uint4(0, 0, 0, 0);
+                u32 at = base + i * 256, number = 8 * j + g;
+                b[i][j] = at < k && number < m ? load16(x + (u64)number * k + at + 8 * t) : make_uint4(0, 0, 0, 0);
             }
-        }
 #pragma unroll
         for (int i = 0; i < AHEAD; i++)
 #pragma unroll

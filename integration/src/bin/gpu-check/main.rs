@@ -87,6 +87,9 @@ fn check(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
         for m in [1, 8, 16, 64, 256, 8192] {
             speed::products(gpu, &kernels, m)?.iter().for_each(|line| println!("{line}"));
         }
+        for m in [1, 8192] {
+            speed::rows(gpu, &kernels, m)?.iter().for_each(|line| println!("{line}"));
+        }
         speed::attention(gpu, &kernels)?.iter().for_each(|line| println!("{line}"));
     }
     if wants("steps") {

@@ -143,6 +143,55 @@ pub fn products(gpu: &Arc<dyn Gpu>, kernels: &Kernels, m: u32) -> Result<Vec<Str
     Ok(lines)
 }
 
+/// What is done row by row, for `m` rows.
+pub fn rows(gpu: &Arc<dyn Gpu>, kernels: &Kernels, m: u32) -> Result<Vec<String>> {
+    let n = m as usize;
+    let blocks = m.div_ceil(32);
+    let layout = KvLayout::block_major(KvDtype::Bf16, 32, 128, blocks, 0..1, 0..8);
+    let pool = random(gpu, layout.bytes() as usize / 2)?;
+    let words: Vec<u8> = (0..m).flat_map(u32::to_le_bytes).collect();
+    let positions = Buffer::with(gpu, "positions", &words)?;
+    let zeros = Buffer::with(gpu, "starts", &vec![0; n * 4])?;
+    let rows = Rows {
+        count: m,
+        tokens: positions.view(),
+        slots: zeros.view(),
+        positions: positions.view(),
+        starts: zeros.view(),
+        tables: positions.view(),
+    };
+    let stream = random(gpu, n * 4096 * 2)?;
+    let weight = random(gpu, 4096 * 2)?;
+    let normed = Buffer::new(gpu, "rows", n * 8192)?;
+    let (qkv, angles) = (random(gpu, n * 6144)?, random(gpu, n * 256)?);
+    let layer = PoolLayer { memory: pool.view(), layout: &layout, layer: 0 };
+    let mut lines = Vec::new();
+    let mut timed = |name: &str, work: &dyn Fn() -> Result<()>| -> Result<()> {
+        let all = || -> Result<(), baton_workerd::backend::cuda::sys::GpuError> {
+            (0..8).try_for_each(|_| {
+                work().map_err(|error| {
+                    baton_workerd::backend::cuda::sys::GpuError::Unavailable(error.to_string())
+                })
+            })
+        };
+        all()?;
+        let graph = Graph::capture(gpu, all)?;
+        let seconds = time(gpu, 5, |_| Ok(graph.launch()?))? / 8.0;
+        lines.push(format!("{name} m={m} {:.1} us", seconds * 1e6));
+        Ok(())
+    };
+    timed("norm", &|| {
+        let (stream, weight) = (stream.view(), weight.view());
+        Ok(kernels.rms_norm(&DIMS, stream, weight, None, m, normed.view())?)
+    })?;
+    timed("turn and store", &|| {
+        let (qkv, angles) = (qkv.view(), angles.view());
+        let out = normed.view();
+        Ok(kernels.turn_and_store(&DIMS, qkv, None, None, angles, &rows, &layer, out)?)
+    })?;
+    Ok(lines)
+}
+
 /// Attention of the model's shape over a pool of one layer.
 pub fn attention(gpu: &Arc<dyn Gpu>, kernels: &Kernels) -> Result<Vec<String>> {
     let mut lines = Vec::new();
@@ -164,6 +213,8 @@ pub fn attention(gpu: &Arc<dyn Gpu>, kernels: &Kernels) -> Result<Vec<String>> {
         let parts = splits(&DIMS, gpu.facts().multiprocessors, batch);
         let sums = Buffer::new(gpu, "sums", (batch * 32 * parts * 128 * 4) as usize)?;
         let states = Buffer::new(gpu, "states", (batch * 32 * parts * 8) as usize)?;
+        let ended = Buffer::new(gpu, "parts", batch as usize * 32 * 4)?;
+        ended.fill(0)?;
         let rows = Rows {
             count: batch,
             tokens: positions.view(),
@@ -182,7 +233,7 @@ pub fn attention(gpu: &Arc<dyn Gpu>, kernels: &Kernels) -> Result<Vec<String>> {
                     batch,
                     parts,
                     &layer,
-                    (sums.view(), states.view()),
+                    [sums.view(), states.view(), ended.view()],
                     out.view(),
                 )?;
             }

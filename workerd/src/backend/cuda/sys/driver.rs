@@ -118,7 +118,8 @@ impl Driver {
     fn load(&mut self) -> Result<(), GpuError> {
         use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         for source in SOURCES {
-            let ptx = CString::new(source.ptx).expect("PTX is text");
+            let ptx = if self.overlaps() { source.ptx_90a } else { source.ptx };
+            let ptx = CString::new(ptx).expect("PTX is text");
             // SAFETY: PTX that ends with a zero.
             let module = unsafe { result::module::load_data(ptx.as_ptr().cast()) }
                 .map_err(failed("cuModuleLoadData"))?;
@@ -142,6 +143,11 @@ impl Driver {
             }
         }
         Ok(())
+    }
+
+    /// Whether a kernel may be started before the one before it has ended: code for 9.0 says when it depends on it.
+    fn overlaps(&self) -> bool {
+        self.facts.capability == 90
     }
 
     /// [`Gpu::make_current`] for calls that cannot fail.
@@ -254,19 +260,37 @@ impl Gpu for Driver {
     }
 
     unsafe fn launch(&self, kernel: Kernel, shape: Shape, args: &Args) -> Result<(), GpuError> {
-        let (mut pointers, count) = args.pointers();
+        use sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        let (mut pointers, _) = args.pointers();
         let [x, y, z] = shape.grid;
+        let mut overlap = sys::CUlaunchAttribute {
+            id: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: shape.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shape.shared,
+            hStream: self.stream,
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(self.overlaps()),
+        };
+        let function = self.functions[kernel.index];
         // SAFETY: the caller's promise; the values live until the call returns, which copies them.
         unsafe {
-            result::launch_kernel(
-                self.functions[kernel.index],
-                (x, y, z),
-                (shape.threads, 1, 1),
-                shape.shared,
-                self.stream,
-                &mut pointers[..count],
+            sys::cuLaunchKernelEx(
+                &raw const config,
+                function,
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut(),
             )
         }
+        .result()
         .map_err(failed(kernel.name))
     }
 
