@@ -170,7 +170,10 @@ impl Transports<'_> {
             tell(event);
         });
         let (serve, move_) = (self.opener(AgentRole::Serve), self.opener(AgentRole::Move));
-        Ok(Mover::start(serve, move_, regions, sink, self.settings)?)
+        let started = Mover::start(serve, move_, regions, sink, self.settings)?;
+        let (place, bytes) = (pool.region.place(), pool.region.bytes());
+        tracing::info!(%place, bytes, transport = "NIXL/UCX", "the pool is registered");
+        Ok(started)
     }
 
     fn opener(&self, role: AgentRole) -> OpenTransport {

@@ -5,7 +5,8 @@ use super::*;
 use crate::handover::local::{LocalNet, LocalTransport};
 use crate::handover::pull::copy_runs;
 use crate::handover::{offer, offer::OfferedLease};
-use crate::kv::region::{EpochPage, KvRegion};
+use crate::kv::fake_device::FakeDevice;
+use crate::kv::region::{EpochPage, KvRegion, Place};
 use baton_shared::id::{BlockIndex, WorkerId};
 use baton_shared::kv::layout::{KvDtype, KvLayout};
 use baton_shared::wire::error::ErrorCode;
@@ -24,8 +25,16 @@ struct Owner {
 }
 
 fn pool() -> KvRegion {
+    pool_in(Place::Host)
+}
+
+fn pool_in(place: Place) -> KvRegion {
     let layout = KvLayout::block_major(KvDtype::Bf16, 32, 64, BLOCKS, 0..2, 0..2);
-    let region = Region::host(usize::try_from(layout.bytes()).unwrap()).unwrap();
+    let bytes = usize::try_from(layout.bytes()).unwrap();
+    let region = match place {
+        Place::Host => Region::host(bytes).unwrap(),
+        Place::Cuda(ordinal) => FakeDevice::region(ordinal, bytes),
+    };
     KvRegion { region, layout }
 }
 
@@ -41,9 +50,13 @@ fn block_bytes() -> usize {
 impl Owner {
     /// `name` is the worker's, with what tells one start from another behind a `/`.
     fn new(net: &LocalNet, name: &str, mark: u8) -> Self {
+        Self::with_pool(net, name, mark, pool())
+    }
+
+    fn with_pool(net: &LocalNet, name: &str, mark: u8, pool: KvRegion) -> Self {
         let worker = name.split('/').next().unwrap().parse().unwrap();
         let mut agent = LocalTransport::new(net, name).unwrap();
-        let (pool, epochs) = (pool(), EpochPage::new(8).unwrap());
+        let epochs = EpochPage::new(8).unwrap();
         for block in 0..BLOCKS {
             let bytes = block_bytes();
             pool.region.write(block as usize * bytes, &pattern(mark, block, bytes)).unwrap();
@@ -97,11 +110,14 @@ struct Reader {
 
 impl Reader {
     fn new(settings: MoverSettings) -> Self {
+        Self::with_pool(settings, pool())
+    }
+
+    fn with_pool(settings: MoverSettings, pool: KvRegion) -> Self {
         let net = LocalNet::new();
         let mut agent = LocalTransport::new(&net, "gen/move").unwrap();
-        let pool = pool();
         agent.register(&pool.region).unwrap();
-        let pulls = Pulls::new(Box::new(agent), settings).unwrap();
+        let pulls = Pulls::new(Box::new(agent), pool.region.place(), settings).unwrap();
         Self { net, pulls, pool, now: Instant::now() }
     }
 
@@ -151,6 +167,47 @@ fn a_pull_brings_the_blocks_and_then_tells_the_owner() {
     }
     assert_eq!(owner.notices(), [LEASE]);
     assert!(reader.pulls.is_idle());
+}
+
+#[test]
+fn blocks_come_from_and_go_to_host_and_device_memory() {
+    let places = [Place::Host, Place::Cuda(0), Place::Cuda(1)];
+    for (from, to) in places.iter().flat_map(|from| places.map(|to| (*from, to))) {
+        let mut reader = Reader::with_pool(MoverSettings::default(), pool_in(to));
+        let mut owner = Owner::with_pool(&reader.net, "ctx", 1, pool_in(from));
+        reader.pull(&mut owner, 4, &[3, 4], &[10, 5]);
+        let events = reader.run();
+        assert!(matches!(events[..], [MoverEvent::Pulled { .. }]), "{from} to {to}: {events:?}");
+        assert_eq!(reader.block(10), pattern(1, 3, block_bytes()), "{from} to {to}");
+        assert_eq!(reader.block(5), pattern(1, 4, block_bytes()), "{from} to {to}");
+        assert_eq!(owner.notices(), [LEASE]);
+        // Its lease's word is in host memory all the same.
+        owner.epochs.bump(0);
+        let mut job = owner.job(5, &[3], &reader.pool, &[10], reader.now + PATIENCE);
+        job.ranks[0].0.epoch -= 1;
+        reader.pulls.accept(job, reader.now);
+        assert_eq!(failure(&reader.run()), (ErrorCode::KvLeaseGone, true), "{from} to {to}");
+    }
+}
+
+#[test]
+fn a_device_that_fails_while_blocks_move_fails_the_pull_in_its_drivers_words() {
+    let mut reader = Reader::new(MoverSettings::default());
+    let KvRegion { region, layout } = pool();
+    let device = FakeDevice::new(0, region.bytes());
+    let pool = KvRegion { region: Region::device(device.clone()), layout };
+    let mut owner = Owner::with_pool(&reader.net, "ctx", 1, pool);
+    reader.net.hold("ctx");
+    reader.pull(&mut owner, 1, &[3], &[10]);
+    reader.run();
+    device.fail();
+    reader.net.let_go("ctx");
+    let events = reader.run();
+    assert_eq!(failure(&events), (ErrorCode::KvPeerUnreachable, true));
+    let said = format!("{events:?}");
+    let expected = "worker `ctx`: reading memory failed: the fake driver was told to fail";
+    assert!(said.contains(expected), "{said}");
+    assert!(owner.notices().is_empty());
 }
 
 #[test]
@@ -442,4 +499,32 @@ fn a_transport_that_does_not_open_is_an_error() {
     );
     let error = started.unwrap_err().to_string();
     assert_eq!(error, "join failed: agent `gen/move` is there already");
+}
+
+#[test]
+fn the_pools_device_is_current_on_the_thread_before_a_transport_is_opened() {
+    let net = LocalNet::new();
+    let device = FakeDevice::new(1, 4096);
+    let open = |name: &'static str| -> OpenTransport {
+        let (net, device) = (net.clone(), device.clone());
+        Box::new(move || {
+            assert!(device.is_current());
+            Ok(Box::new(LocalTransport::new(&net, name)?))
+        })
+    };
+    let start = || {
+        let epochs = EpochPage::new(8).unwrap().region().clone();
+        let regions = MoverRegions { pool: Region::device(device.clone()), epochs };
+        let (serve, move_) = (open("gen/serve"), open("gen/move"));
+        Mover::start(serve, move_, regions, Box::new(|_| {}), MoverSettings::default())
+    };
+    let (handle, _) = start().unwrap();
+    assert!(handle.shutdown());
+    device.fail();
+    let error = start().unwrap_err();
+    assert!(matches!(error, MoverError::Transport(TransportError::Broken { .. })));
+    assert_eq!(
+        error.to_string(),
+        "making the pool's device current failed: the fake driver was told to fail"
+    );
 }

@@ -187,7 +187,7 @@ fn child_reads_from_a_stopped_worker() {
     let peer = agent.connect(&address).unwrap();
     let read = |agent: &mut NixlTransport| {
         reader.fill(0);
-        let id = agent.post(Op::Read, peer, &runs).unwrap();
+        let id = agent.post(Op::Read, peer, Ends::HOST, &runs).unwrap();
         wait_for("copied blocks", || reader.holds("owner", 0).then_some(()));
         id
     };
