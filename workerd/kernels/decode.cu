@@ -164,17 +164,25 @@ DEVICE void attend(const bf16* queries, Pool pool, u32 layer, const u32* positio
     if (!*last) return;
     fence();
     if (threadIdx.x == 0) store(number_ended, 0u);
-    for (u32 number = threadIdx.x; number < count * SIZE; number += 128) {
-        u32 head = number / SIZE, at = number % SIZE;
-        float top = -INFINITY, whole = 0.0f, value = 0.0f;
-        for (u32 i = 0; i < splits; i++) top = maximum(top, load(states + (first + head) * splits + i).x);
+    // Four elements a thread; parts are read four at a time.
+    for (u32 number = threadIdx.x; number < count * SIZE / 4; number += 128) {
+        u64 head = first + number / (SIZE / 4);
+        const float2* state = states + head * splits;
+        const float4* part = (const float4*)(sums + head * splits * SIZE) + number % (SIZE / 4);
+        float top = -INFINITY, whole = 0.0f;
+        float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+        for (u32 i = 0; i < splits; i++) top = maximum(top, load(state + i).x);
+#pragma unroll 4
         for (u32 i = 0; i < splits; i++) {
-            float2 state = load(states + (first + head) * splits + i);
-            float part = fast_exp2(state.x - top);
-            whole += part * state.y;
-            value += part * load(sums + ((first + head) * splits + i) * SIZE + at);
+            float2 own = load(state + i);
+            float4 add = load(part + i * (SIZE / 4));
+            float weight = fast_exp2(own.x - top);
+            whole += weight * own.y;
+            value.x += weight * add.x; value.y += weight * add.y; value.z += weight * add.z; value.w += weight * add.w;
         }
-        store(out + (first + head) * SIZE + at, to_bf16(value / whole));
+        uint2 both = make_uint2(pack(value.x / whole, value.y / whole), pack(value.z / whole, value.w / whole));
+        store((uint2*)(out + first * SIZE) + number, both);
     }
 }
 

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use baton_workerd::backend::Backend;
 use baton_workerd::backend::cpu::{CpuBackend, CpuOptions, Simd};
+use baton_workerd::backend::cuda::sys::driver::Features;
 use baton_workerd::backend::cuda::sys::launch::Kernels;
 use baton_workerd::backend::cuda::sys::{Gpu, GpuError, driver};
 use baton_workerd::backend::cuda::{CudaBackend, CudaOptions, PoolSize};
@@ -41,11 +42,15 @@ struct Options {
     /// Without the vendor's matrix library.
     #[arg(long)]
     no_blas: bool,
+    /// Each kernel starts when the one before it has ended.
+    #[arg(long)]
+    no_overlap: bool,
 }
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    match driver::open(options.device, !options.no_blas) {
+    let features = Features { blas: !options.no_blas, overlap: !options.no_overlap };
+    match driver::open(options.device, features) {
         Err(GpuError::Unavailable(reason)) => {
             println!("gpu-check: no device: {reason}");
             ExitCode::from(3)
@@ -91,6 +96,11 @@ fn check(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
             speed::rows(gpu, &kernels, m)?.iter().for_each(|line| println!("{line}"));
         }
         speed::attention(gpu, &kernels)?.iter().for_each(|line| println!("{line}"));
+    }
+    if wants("layer") {
+        for batch in [1, 8] {
+            speed::layer(gpu, &kernels, batch)?.iter().for_each(|line| println!("{line}"));
+        }
     }
     if wants("steps") {
         steps(options, gpu)?;

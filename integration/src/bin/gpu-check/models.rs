@@ -129,7 +129,7 @@ impl Small {
         };
         let random = &mut StdRng::seed_from_u64(seed);
         Model {
-            embedding: matrix(random, spec.vocab, spec.hidden, (spec.hidden as f32).sqrt()),
+            embedding: matrix(random, spec.vocab, spec.hidden, 3.0),
             layers: (0..spec.layers).map(|_| layer(random, &spec)).collect(),
             final_norm: norm(random, spec.hidden),
             head: (head_dim != 32).then(|| matrix(random, spec.vocab, spec.hidden, 3.0)),

@@ -60,10 +60,11 @@ pub struct Work {
     pub splits: u32,
 }
 
-/// How many parts the attention of so many sequences is cut into: two blocks for each multiprocessor.
+/// How many parts the attention of so many sequences is cut into: at most two blocks for each multiprocessor, which is
+/// what it holds at a time.
 pub fn splits(dims: &Dims, multiprocessors: u32, decodes: u32) -> u32 {
     let blocks = decodes.max(1) * dims.kv_heads * (dims.heads / dims.kv_heads).div_ceil(16);
-    (2 * multiprocessors).div_ceil(blocks).clamp(1, MOST_SPLITS)
+    (2 * multiprocessors / blocks).clamp(1, MOST_SPLITS)
 }
 
 impl Arena {

@@ -94,7 +94,7 @@ pub const OPEN_BYTES: usize = 80;
 /// See [`SLOT_BYTES`].
 pub const CHOSEN_BYTES: usize = 16;
 /// Largest parts a sequence is cut into for decode attention.
-pub const MOST_SPLITS: u32 = 64;
+pub const MOST_SPLITS: u32 = 16;
 
 /// All kernels of one device.
 #[derive(Debug)]
