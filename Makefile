@@ -3,7 +3,7 @@
 CARGO_TEST = cargo test --release --workspace
 ARGS ?=
 
-.PHONY: run test test-long bench bench-setup fuzz kernels setup optional-models build clean
+.PHONY: run test test-long test-gpu bench bench-setup fuzz kernels setup optional-models build clean
 
 ## Two context workers, a generation worker and the router with a real model; prints an answer, stays up.
 run: build
@@ -18,6 +18,10 @@ test-long: build optional-models
 	$(CARGO_TEST)
 	$(CARGO_TEST) --test it -- --ignored
 	$(CARGO_TEST) --lib -- --ignored --nocapture --test-threads=1 long_
+
+## Hand-overs from and to the memory of this machine's first GPU.
+test-gpu:
+	$(CARGO_TEST) --lib -- --ignored --nocapture --test-threads=1 gpu_
 
 ## The CPU engine beside llama.cpp, as tables of ratios: under 10 minutes, after building llama.cpp once.
 ## ARGS="engine --rounds 5" for a part, ARGS="--ik-llama DIR" for one more peer, ARGS=--help for all there is.

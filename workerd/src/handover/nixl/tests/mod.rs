@@ -1,6 +1,7 @@
 //! NIXL as it is found on this machine. Its environment must be set before it is loaded, and most checks need more
 //! than one process: so the bodies are ignored tests (`child_…`), run by the others in processes of their own.
 
+mod devices;
 mod dying;
 mod loading;
 mod long;
