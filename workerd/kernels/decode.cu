@@ -11,7 +11,6 @@ DEVICE void attend(const bf16* queries, Pool pool, u32 layer, const u32* positio
                    u32 heads, u32 kv_heads, float scale, bf16* out, float* sums, float2* states, u32* ended) {
     const u32 CHUNKS = SIZE / 8, PLANE = 16 * SIZE * 2, STAGES = 3;
     const u32 AREA = STAGES * 2 * PLANE;  // A warp's: stages of keys and values, later 16 sums of f32.
-    begin_next();
     await_previous();
     SHARED_MEMORY(shared);
     u32 split = blockIdx.x, splits = gridDim.x, row = blockIdx.z;
@@ -122,6 +121,7 @@ DEVICE void attend(const bf16* queries, Pool pool, u32 layer, const u32* positio
         sync_warp();
         stage = stage < 2 ? stage + 1 : 0;
     }
+    begin_next();
     copy_wait<0>();
     sync_warp();
     // The four warps' states meet: [warp][head] highest and total, [warp][head][SIZE] sums.

@@ -96,8 +96,8 @@ DEVICE u32 atomic_next(u32* at) { return atomicAdd(at, 1u); }
 DEVICE void fence() { __threadfence(); }
 
 // Where a device has them (9.0), kernels overlap with the one before: it says when the next may be started, which waits
-// before it touches anything that is not constant. Every kernel does both, first of all; so order stays as if there
-// were no overlap.
+// before it touches anything that is not constant. Every kernel awaits, so order stays as if there were no overlap.
+// Whoever has much to read says so late: what the next one does would only take its bandwidth.
 DEVICE void begin_next() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -10,7 +10,6 @@
 template <int TILES, int COLUMNS, int MODE>
 DEVICE void skinny(const bf16* weights, const bf16* x, void* out, u32 n, u32 k, u32 m, u32 stride) {
     const int AHEAD = 4 / TILES;  // Slices of 32 columns that are read before the first is used.
-    begin_next();
     SHARED_MEMORY(shared);
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     u32 first = blockIdx.x * 16 * TILES;
@@ -56,6 +55,7 @@ DEVICE void skinny(const bf16* weights, const bf16* x, void* out, u32 n, u32 k, 
                     mma(sums[tile][j], p.z, q.z, p.w, q.w, v.z, v.w);
                 }
     }
+    begin_next();
     const int VALUES = TILES * COLUMNS * 4;
     float* parts = (float*)shared;  // [warp][value][lane]
 #pragma unroll
