@@ -6,6 +6,7 @@
 mod agreement;
 mod models;
 mod speed;
+mod transfer;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use baton_workerd::backend::cuda::sys::driver::Features;
 use baton_workerd::backend::cuda::sys::launch::Kernels;
 use baton_workerd::backend::cuda::sys::{Gpu, GpuError, driver};
 use baton_workerd::backend::cuda::{CudaBackend, CudaOptions, PoolSize};
+use baton_workerd::handover::nixl::prepare_environment;
 use clap::Parser;
 
 use self::agreement::Lane;
@@ -33,8 +35,8 @@ struct Options {
     /// Which device.
     #[arg(long, default_value_t = 0)]
     device: u32,
-    /// Parts to run: numbers, kernels, steps.
-    #[arg(long, value_delimiter = ',', default_value = "numbers,kernels,steps")]
+    /// Parts to run: numbers, transfer, kernels, layer, steps.
+    #[arg(long, value_delimiter = ',', default_value = "numbers,transfer,kernels,steps")]
     parts: Vec<String>,
     /// Sequences of the largest decode step that is timed.
     #[arg(long, default_value_t = 256)]
@@ -45,6 +47,9 @@ struct Options {
     /// Without the vendor's matrix library.
     #[arg(long)]
     no_blas: bool,
+    /// Be the process that another pulls from (for `transfer` itself).
+    #[arg(long, hide = true)]
+    owner: Option<u64>,
     /// Each kernel starts when the one before it has ended.
     #[arg(long)]
     no_overlap: bool,
@@ -52,6 +57,10 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    if let Err(error) = prepare_environment(&[]) {
+        println!("gpu-check: {error}");
+        return ExitCode::FAILURE;
+    }
     let features = Features { blas: !options.no_blas, overlap: !options.no_overlap };
     match driver::open(options.device, features) {
         Err(GpuError::Unavailable(reason)) => {
@@ -77,6 +86,9 @@ fn main() -> ExitCode {
 }
 
 fn check(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
+    if let Some(seed) = options.owner {
+        return transfer::own(gpu, seed).map(|()| 0);
+    }
     let facts = gpu.facts();
     println!("{facts:?}, cuBLASLt: {}", gpu.has_blas());
     let wants = |part: &str| options.parts.iter().any(|wanted| wanted == part);
@@ -85,8 +97,17 @@ fn check(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
         wrong += numbers(options, gpu)?;
     }
     let kernels = Kernels::new(gpu);
+    let ceilings = speed::ceilings(gpu, &kernels)?;
+    if wants("transfer") {
+        match transfer::pull(gpu, options.device, ceilings.copy) {
+            Ok(lines) => lines.iter().for_each(|line| println!("{line}")),
+            Err(error) => {
+                println!("WRONG transfer: {error:#}");
+                wrong += 1;
+            }
+        }
+    }
     if wants("kernels") {
-        let ceilings = speed::ceilings(gpu, &kernels)?;
         println!(
             "ceilings: copy {:.2} TB/s, products {:.0} TFLOP/s",
             ceilings.copy / 1e12,
