@@ -15,7 +15,7 @@ use baton_shared::os;
 use baton_shared::wire::auth::Keys;
 
 use crate::api::worker::{Limits, Worker, unix_seconds};
-use crate::backend::cuda::sys::driver;
+use crate::backend::cuda::sys::driver::{self, Features};
 use crate::backend::warm_up;
 use crate::config::{Secret, WorkerConfig};
 use crate::device::{Found, Loaded};
@@ -57,7 +57,7 @@ pub fn assemble(
         };
     let library = NixlLibrary::load(config.nixl.library_dir.as_deref())?;
     let device = config.engine.device.parse().expect("the configuration was checked");
-    let device = Found::find(device, |ordinal| driver::open(ordinal, true))?;
+    let device = Found::find(device, |ordinal| driver::open(ordinal, Features::default()))?;
     let path = &find_model(config, environment)?;
     let begun = Instant::now();
     tracing::info!(path = %path.display(), "loading the model");

@@ -7,6 +7,7 @@ mod agreement;
 mod models;
 mod speed;
 mod transfer;
+mod workers;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -35,8 +36,8 @@ struct Options {
     /// Which device.
     #[arg(long, default_value_t = 0)]
     device: u32,
-    /// Parts to run: numbers, transfer, kernels, layer, steps.
-    #[arg(long, value_delimiter = ',', default_value = "numbers,transfer,kernels,steps")]
+    /// Parts to run: numbers, transfer, workers, kernels, layer, steps.
+    #[arg(long, value_delimiter = ',', default_value = "numbers,transfer,workers,kernels,steps")]
     parts: Vec<String>,
     /// Sequences of the largest decode step that is timed.
     #[arg(long, default_value_t = 256)]
@@ -103,6 +104,18 @@ fn check(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
             Ok(lines) => lines.iter().for_each(|line| println!("{line}")),
             Err(error) => {
                 println!("WRONG transfer: {error:#}");
+                wrong += 1;
+            }
+        }
+    }
+    if wants("workers") {
+        match workers::check(options.device) {
+            Ok((lines, more)) => {
+                lines.iter().for_each(|line| println!("{line}"));
+                wrong += more;
+            }
+            Err(error) => {
+                println!("WRONG workers: {error:#}");
                 wrong += 1;
             }
         }
