@@ -5,6 +5,7 @@
 
 mod agreement;
 mod models;
+mod reference;
 mod speed;
 mod transfer;
 mod workers;
@@ -36,8 +37,12 @@ struct Options {
     /// Which device.
     #[arg(long, default_value_t = 0)]
     device: u32,
-    /// Parts to run: numbers, transfer, workers, kernels, layer, steps.
-    #[arg(long, value_delimiter = ',', default_value = "numbers,transfer,workers,kernels,steps")]
+    /// Parts to run: numbers, reference, transfer, workers, kernels, layer, steps.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "numbers,reference,transfer,workers,kernels,steps"
+    )]
     parts: Vec<String>,
     /// Sequences of the largest decode step that is timed.
     #[arg(long, default_value_t = 256)]
@@ -97,6 +102,14 @@ fn check(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
     if wants("numbers") {
         wrong += numbers(options, gpu)?;
     }
+    if wants("reference") {
+        match reference::numbers(gpu)? {
+            None => println!("skipped: reference (python3 has no torch and transformers)"),
+            Some(all) => {
+                wrong += all.into_iter().map(|(name, one)| report(&name, one)).sum::<usize>();
+            }
+        }
+    }
     let kernels = Kernels::new(gpu);
     let ceilings = speed::ceilings(gpu, &kernels)?;
     if wants("transfer") {
@@ -141,6 +154,11 @@ fn check(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
     }
     if wants("steps") {
         steps(options, gpu)?;
+        match reference::speed() {
+            Ok(Some(report)) => print!("transformers' own generation, seconds: {report}"),
+            Ok(None) => println!("skipped: transformers' speed (python3 lacks a package)"),
+            Err(error) => println!("skipped: transformers' speed: {error:#}"),
+        }
     }
     Ok(wrong)
 }
