@@ -14,8 +14,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use baton_workerd::backend::Backend;
-use baton_workerd::backend::cpu::{CpuBackend, CpuOptions, Simd};
+use baton_workerd::backend::cpu::{self, CpuBackend, CpuOptions, Simd};
 use baton_workerd::backend::cuda::sys::driver::Features;
 use baton_workerd::backend::cuda::sys::launch::Kernels;
 use baton_workerd::backend::cuda::sys::{Gpu, GpuError, driver};
@@ -179,18 +178,26 @@ fn numbers(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
             .map(|(len, salt)| lane(*len, salt))
             .collect();
         let blocks = 11 * 40;
-        let mut cpu = CpuBackend::new(
-            &model,
-            &CpuOptions {
+        let on_cpu = |simd| {
+            let options = CpuOptions {
                 threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
                 max_sequences: 32,
                 max_batch_tokens: 512,
                 blocks,
                 block_tokens: 32,
-                simd: Simd::Auto,
-            },
-        )?;
+                simd,
+            };
+            CpuBackend::new(&model, &options)
+        };
+        let mut cpu = on_cpu(Simd::Auto)?;
         let by_cpu = agreement::run(&mut cpu, &lanes, 512).context("on the CPU")?;
+        for tier in cpu::kernels::Kernels::tiers() {
+            let mut other = on_cpu(Simd::Named(tier.name))?;
+            let is_same = agreement::run(&mut other, &lanes[..7], 512)? == by_cpu[..7];
+            let verdict = if is_same { "ok   " } else { "WRONG" };
+            println!("{verdict} {}, CPU kernels `{}`: the same bits", small.name, tier.name);
+            wrong += usize::from(!is_same);
+        }
         for (lane, seen) in lanes.iter_mut().zip(&by_cpu) {
             lane.forced = seen.iter().map(|seen| seen.token).collect();
         }
@@ -230,7 +237,6 @@ fn numbers(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
             );
             wrong += usize::from(!is_same);
         }
-        let _ = cpu.caps();
     }
     Ok(wrong)
 }

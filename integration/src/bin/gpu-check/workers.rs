@@ -119,22 +119,42 @@ async fn compare(cluster: &Cluster) -> Result<(Vec<String>, usize)> {
             worst[way]
         ));
     }
-    let router = cluster.client();
-    let mut crowd = tokio::task::JoinSet::new();
-    for number in 0..64_usize {
-        let (router, body) = (router.clone(), request(&prompts[number % prompts.len()]));
-        crowd.spawn(async move { router.post(PATH, &body).await?.ok() });
-    }
-    let mut served = 0;
-    while let Some(answer) = crowd.join_next().await {
-        served += usize::from(text(&answer??)?.tokens.len() == TOKENS as usize);
-    }
-    wrong += usize::from(served != 64);
-    lines.push(format!(
-        "{} {served} of 64 requests at once through the router",
-        if served == 64 { "ok   " } else { "WRONG" }
-    ));
+    let (line, is_right) = crowd(&cluster.client(), &clients[2], &prompts).await?;
+    wrong += usize::from(!is_right);
+    lines.push(format!("{} {line}", if is_right { "ok   " } else { "WRONG" }));
     Ok((lines, wrong))
+}
+
+/// Requests at once through the router: all are served, and each says what it says alone, within the bound.
+async fn crowd(router: &Client, alone: &Client, prompts: &[Vec<u64>]) -> Result<(String, bool)> {
+    const CROWD: usize = 64;
+    let mut expected = Vec::new();
+    for prompt in prompts {
+        expected.push(text(&alone.post(PATH, &request(prompt)).await?.ok()?)?);
+    }
+    let mut crowd = tokio::task::JoinSet::new();
+    for number in 0..CROWD {
+        let (router, which) = (router.clone(), number % prompts.len());
+        let body = request(&prompts[which]);
+        crowd.spawn(async move {
+            Ok::<_, anyhow::Error>((which, router.post(PATH, &body).await?.ok()?))
+        });
+    }
+    let (mut served, mut same, mut worst) = (0, 0, 0.0_f64);
+    while let Some(answer) = crowd.join_next().await {
+        let (which, answer) = answer??;
+        let (text, alone) = (text(&answer)?, &expected[which]);
+        let shared = alone.tokens.iter().zip(&text.tokens).take_while(|(a, b)| a == b).count();
+        served += usize::from(text.tokens.len() == TOKENS as usize);
+        same += usize::from(shared == alone.tokens.len());
+        for (left, right) in alone.logprobs.iter().zip(&text.logprobs).take(shared) {
+            worst = worst.max((left - right).abs());
+        }
+    }
+    let line = format!(
+        "{served} of {CROWD} requests at once through the router served, {same} with the tokens of one alone, {worst:.4} nats apart at most"
+    );
+    Ok((line, served == CROWD && worst < f64::from(crate::BOUND)))
 }
 
 fn request(prompt: &[u64]) -> Value {
