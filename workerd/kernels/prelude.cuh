@@ -90,6 +90,24 @@ DEVICE u64 shuffle_last(u64 value) { return __shfl_sync(0xffffffffu, value, 31);
 DEVICE bool any_of_warp(bool is) { return __any_sync(0xffffffffu, is); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
+// Adds 1 and returns what was there.
+DEVICE u32 atomic_next(u32* at) { return atomicAdd(at, 1u); }
+// What this thread stored is seen by whoever sees what it stores afterwards.
+DEVICE void fence() { __threadfence(); }
+
+// Where a device has them (9.0), kernels overlap with the one before: it says when the next may be started, which waits
+// before it touches anything that is not constant. Every kernel awaits, so order stays as if there were no overlap.
+// Whoever has much to read says so late: what the next one does would only take its bandwidth.
+DEVICE void begin_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE void await_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 #endif
 
@@ -158,3 +176,8 @@ struct Slot {
     u32 last;       // Newest token of prompt and output.
     u32 padding[2];
 };
+
+// Where 16 bytes of a row of SIZE bf16 are in shared memory: turned so that 8 rows of one column meet all banks.
+template <int SIZE> DEVICE u32 turned(u32 row, u32 chunk) {
+    return row * SIZE * 2 + ((chunk ^ (SIZE == 32 ? row >> 1 & 3 : row & 7)) << 4);
+}

@@ -1,4 +1,4 @@
-// Targets: compute_80
+// Targets: compute_80 compute_90a
 //
 // Products for few rows (decode): out = x w^T for at most 16 rows of x. Bound by reading the weights once, so nothing
 // goes through shared memory: a lane reads 16 bytes of two rows of weights and of one row of x, and these are the
@@ -22,6 +22,7 @@ DEVICE void skinny(const bf16* weights, const bf16* x, void* out, u32 n, u32 k, 
             row[tile][half] = weights + (u64)(number < n ? number : n - 1) * k + 8 * t;
         }
     float sums[TILES][COLUMNS][4] = {};
+    if (warp * 32 >= k) await_previous();
     for (u32 base = warp * 32; base < k; base += 256 * AHEAD) {
         uint4 a[AHEAD][TILES][2], b[AHEAD][COLUMNS];
 #pragma unroll
@@ -33,12 +34,16 @@ DEVICE void skinny(const bf16* weights, const bf16* x, void* out, u32 n, u32 k, 
 #pragma unroll
                 for (int half = 0; half < 2; half++)
                     a[i][tile][half] = inside ? load_stream((const uint4*)(row[tile][half] + at)) : make_uint4(0, 0, 0, 0);
+        }
+        // Weights are constant: the first of them are on their way before the kernel before this one has ended.
+        if (base == warp * 32) await_previous();
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
 #pragma unroll
             for (int j = 0; j < COLUMNS; j++) {
-                u32 number = 8 * j + g;
-                b[i][j] = inside && number < m ? load16(x + (u64)number * k + at + 8 * t) : make_uint4(0, 0, 0, 0);
+                u32 at = base + i * 256, number = 8 * j + g;
+                b[i][j] = at < k && number < m ? load16(x + (u64)number * k + at + 8 * t) : make_uint4(0, 0, 0, 0);
             }
-        }
 #pragma unroll
         for (int i = 0; i < AHEAD; i++)
 #pragma unroll
@@ -50,6 +55,7 @@ DEVICE void skinny(const bf16* weights, const bf16* x, void* out, u32 n, u32 k, 
                     mma(sums[tile][j], p.z, q.z, p.w, q.w, v.z, v.w);
                 }
     }
+    begin_next();
     const int VALUES = TILES * COLUMNS * 4;
     float* parts = (float*)shared;  // [warp][value][lane]
 #pragma unroll

@@ -44,6 +44,13 @@ DEVICE void atomic_or(unsigned* to, unsigned value, SITE) {
     host::machine->check_read(to, sizeof *to, alignof(unsigned), site);
     *to |= value;
 }
+DEVICE unsigned atomic_next(unsigned* at, SITE) {
+    host::machine->check_read(at, sizeof *at, alignof(unsigned), site);
+    return (*at)++;
+}
+DEVICE void fence() {}
+DEVICE void begin_next() {}
+DEVICE void await_previous() {}
 template <class T> DEVICE void shared_add(T* to, T value, SITE) {
     host::machine->check_shared(to, sizeof(T), alignof(T), "add", site);
     *to += value;

@@ -8,7 +8,7 @@ use baton_workerd::engine::sampling::SamplingParams;
 use baton_workerd::engine::step::{Input, Slot, SlotOpen, StepOut, StepPlan, StepSeq};
 
 /// Tokens generated for each comparison.
-const OUTPUT: usize = 12;
+pub const OUTPUT: usize = 12;
 /// Alternatives compared.
 const TOP: u32 = 5;
 
@@ -27,10 +27,11 @@ pub struct Lane {
     pub forced: Vec<u32>,
 }
 
-/// Largest difference of a log-probability, and how many tokens were other ones.
+/// Largest difference of a log-probability, the root of the mean square of all, and how many tokens were other ones.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Difference {
     pub logprob: f32,
+    pub typical: f64,
     pub tokens: usize,
     pub compared: usize,
 }
@@ -120,6 +121,7 @@ impl Runner<'_> {
 /// Compares what two back ends saw of the same inputs.
 pub fn compare(left: &[Vec<Seen>], right: &[Vec<Seen>]) -> Difference {
     let mut difference = Difference::default();
+    let (mut squares, mut count) = (0.0, 0);
     for (left, right) in left.iter().flatten().zip(right.iter().flatten()) {
         difference.compared += 1;
         difference.tokens += usize::from(left.token != right.token);
@@ -128,13 +130,13 @@ pub fn compare(left: &[Vec<Seen>], right: &[Vec<Seen>]) -> Difference {
             let other = right.top.iter().find(|(other, _)| other == token);
             let other = other.or(right.top.last()).map_or(f32::NAN, |(_, logprob)| *logprob);
             let apart = (logprob - other).abs();
-            difference.logprob = if apart > difference.logprob || apart.is_nan() {
-                apart
-            } else {
-                difference.logprob
-            };
+            let is_further = apart > difference.logprob || apart.is_nan();
+            difference.logprob = if is_further { apart } else { difference.logprob };
+            squares += f64::from(apart).powi(2);
+            count += 1;
         }
     }
+    difference.typical = (squares / f64::from(count.max(1))).sqrt();
     difference
 }
 

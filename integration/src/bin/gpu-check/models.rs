@@ -128,11 +128,17 @@ impl Small {
             eos_ids: vec![1],
         };
         let random = &mut StdRng::seed_from_u64(seed);
+        let is_tied = head_dim == 32;
         Model {
-            embedding: matrix(random, spec.vocab, spec.hidden, (spec.hidden as f32).sqrt()),
+            embedding: matrix(
+                random,
+                spec.vocab,
+                spec.hidden,
+                if is_tied { 3.0 } else { (spec.hidden as f32).sqrt() },
+            ),
             layers: (0..spec.layers).map(|_| layer(random, &spec)).collect(),
             final_norm: norm(random, spec.hidden),
-            head: (head_dim != 32).then(|| matrix(random, spec.vocab, spec.hidden, 3.0)),
+            head: (!is_tied).then(|| matrix(random, spec.vocab, spec.hidden, 3.0)),
             content_hash: [0; 32],
             spec,
         }

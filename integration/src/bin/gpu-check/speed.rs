@@ -143,6 +143,161 @@ pub fn products(gpu: &Arc<dyn Gpu>, kernels: &Kernels, m: u32) -> Result<Vec<Str
     Ok(lines)
 }
 
+/// What is done row by row, for `m` rows.
+pub fn rows(gpu: &Arc<dyn Gpu>, kernels: &Kernels, m: u32) -> Result<Vec<String>> {
+    let n = m as usize;
+    let blocks = m.div_ceil(32);
+    let layout = KvLayout::block_major(KvDtype::Bf16, 32, 128, blocks, 0..1, 0..8);
+    let pool = random(gpu, layout.bytes() as usize / 2)?;
+    let words: Vec<u8> = (0..m).flat_map(u32::to_le_bytes).collect();
+    let positions = Buffer::with(gpu, "positions", &words)?;
+    let zeros = Buffer::with(gpu, "starts", &vec![0; n * 4])?;
+    let rows = Rows {
+        count: m,
+        tokens: positions.view(),
+        slots: zeros.view(),
+        positions: positions.view(),
+        starts: zeros.view(),
+        tables: positions.view(),
+    };
+    let stream = random(gpu, n * 4096 * 2)?;
+    let weight = random(gpu, 4096 * 2)?;
+    let normed = Buffer::new(gpu, "rows", n * 8192)?;
+    let (qkv, angles) = (random(gpu, n * 6144)?, random(gpu, n * 256)?);
+    let layer = PoolLayer { memory: pool.view(), layout: &layout, layer: 0 };
+    let mut lines = Vec::new();
+    let mut timed = |name: &str, work: &dyn Fn() -> Result<()>| -> Result<()> {
+        let all = || -> Result<(), baton_workerd::backend::cuda::sys::GpuError> {
+            (0..8).try_for_each(|_| {
+                work().map_err(|error| {
+                    baton_workerd::backend::cuda::sys::GpuError::Unavailable(error.to_string())
+                })
+            })
+        };
+        all()?;
+        let graph = Graph::capture(gpu, all)?;
+        let seconds = time(gpu, 5, |_| Ok(graph.launch()?))? / 8.0;
+        lines.push(format!("{name} m={m} {:.1} us", seconds * 1e6));
+        Ok(())
+    };
+    timed("norm", &|| {
+        let (stream, weight) = (stream.view(), weight.view());
+        Ok(kernels.rms_norm(&DIMS, stream, weight, None, m, normed.view())?)
+    })?;
+    timed("turn and store", &|| {
+        let (qkv, angles) = (qkv.view(), angles.view());
+        let out = normed.view();
+        Ok(kernels.turn_and_store(&DIMS, qkv, None, None, angles, &rows, &layer, out)?)
+    })?;
+    Ok(lines)
+}
+
+/// One layer's launches for `batch` sequences at 2k, all of them and without some: where a step's time goes. Each
+/// repeat has weights of its own.
+pub fn layer(gpu: &Arc<dyn Gpu>, kernels: &Kernels, batch: u32) -> Result<Vec<String>> {
+    const REPEATS: usize = 8;
+    let context = 2048_u32;
+    let n = batch as usize;
+    let blocks = batch * context / 32;
+    let layout = KvLayout::block_major(KvDtype::Bf16, 32, 128, blocks, 0..REPEATS as u32, 0..8);
+    let pool = random(gpu, layout.bytes() as usize / 2)?;
+    let words =
+        |values: Vec<u32>| -> Vec<u8> { values.iter().flat_map(|v| v.to_le_bytes()).collect() };
+    let positions = Buffer::with(gpu, "rows", &words(vec![context - 1; n]))?;
+    let starts =
+        Buffer::with(gpu, "rows", &words((0..batch).map(|row| row * context / 32).collect()))?;
+    let tables = Buffer::with(gpu, "tables", &words((0..blocks).collect()))?;
+    let rows = Rows {
+        count: batch,
+        tokens: positions.view(),
+        slots: starts.view(),
+        positions: positions.view(),
+        starts: starts.view(),
+        tables: tables.view(),
+    };
+    let matrices = |rows: u32, columns: u32| -> Result<Vec<Matrix>> {
+        let one =
+            || Ok(Matrix { buffer: random(gpu, (rows * columns) as usize)?, n: rows, k: columns });
+        (0..REPEATS).map(|_| one()).collect()
+    };
+    let (qkv_w, out_w) = (matrices(6144, 4096)?, matrices(4096, 4096)?);
+    let (gate_w, down_w) = (matrices(28672, 4096)?, matrices(4096, 14336)?);
+    let buffer = |bytes: usize| -> Result<Buffer> {
+        let buffer = Buffer::new(gpu, "rows", bytes)?;
+        buffer.fill(0)?;
+        Ok(buffer)
+    };
+    let (stream, weight) = (random(gpu, n * 8192)?, random(gpu, 8192)?);
+    let (normed, qkv, queries) = (buffer(n * 8192)?, buffer(n * 12288)?, buffer(n * 8192)?);
+    let (angles, attended, active) = (random(gpu, n * 256)?, buffer(n * 8192)?, buffer(n * 28672)?);
+    let parts = splits(&DIMS, gpu.facts().multiprocessors, batch);
+    let (sums, states) = (buffer(n * 32 * 16 * 512)?, buffer(n * 32 * 16 * 8)?);
+    let ended = buffer(n * 128)?;
+    let names = ["norm", "qkv", "turn", "attention", "output", "norm", "gate, up", "down"];
+    let one = |which: usize, repeat: usize| {
+        let pool = PoolLayer { memory: pool.view(), layout: &layout, layer: repeat as u32 };
+        let multiply = |mode, weights: &[Matrix], x: &Buffer, out: &Buffer| {
+            kernels.multiply(mode, &weights[repeat], x.view(), batch, out.view(), active.view())
+        };
+        match which {
+            0 | 5 => {
+                kernels.rms_norm(&DIMS, stream.view(), weight.view(), None, batch, normed.view())
+            }
+            1 => multiply(Mode::Bf16, &qkv_w, &normed, &qkv),
+            2 => kernels.turn_and_store(
+                &DIMS,
+                qkv.view(),
+                None,
+                None,
+                angles.view(),
+                &rows,
+                &pool,
+                queries.view(),
+            ),
+            3 => {
+                let meet = [sums.view(), states.view(), ended.view()];
+                kernels.decode_attention(
+                    &DIMS,
+                    queries.view(),
+                    &rows,
+                    batch,
+                    parts,
+                    &pool,
+                    meet,
+                    attended.view(),
+                )
+            }
+            4 => multiply(Mode::Add, &out_w, &attended, &stream),
+            6 => multiply(Mode::Swiglu, &gate_w, &normed, &active),
+            _ => multiply(Mode::Add, &down_w, &active, &stream),
+        }
+    };
+    let mut lines = Vec::new();
+    let mut timed = |name: &str, wanted: &dyn Fn(usize) -> bool| -> Result<()> {
+        let all = || {
+            for repeat in 0..REPEATS {
+                (0..8).filter(|which| wanted(*which)).try_for_each(|which| one(which, repeat))?;
+            }
+            Ok(())
+        };
+        all()?;
+        let graph = Graph::capture(gpu, all)?;
+        let seconds = time(gpu, 9, |_| Ok(graph.launch()?))? / REPEATS as f64;
+        lines.push(format!("layer B={batch} {name:24} {:7.1} us", seconds * 1e6));
+        Ok(())
+    };
+    timed("whole", &|_| true)?;
+    for (which, name) in names.iter().enumerate() {
+        timed(&format!("without {name} {which}"), &|one| one != which)?;
+    }
+    for (which, name) in names.iter().enumerate() {
+        timed(&format!("only {name}"), &|one| one == which)?;
+    }
+    timed("only products", &|one| [1, 4, 6, 7].contains(&one))?;
+    timed("only norms and products", &|one| ![2, 3].contains(&one))?;
+    Ok(lines)
+}
+
 /// Attention of the model's shape over a pool of one layer.
 pub fn attention(gpu: &Arc<dyn Gpu>, kernels: &Kernels) -> Result<Vec<String>> {
     let mut lines = Vec::new();
@@ -164,6 +319,8 @@ pub fn attention(gpu: &Arc<dyn Gpu>, kernels: &Kernels) -> Result<Vec<String>> {
         let parts = splits(&DIMS, gpu.facts().multiprocessors, batch);
         let sums = Buffer::new(gpu, "sums", (batch * 32 * parts * 128 * 4) as usize)?;
         let states = Buffer::new(gpu, "states", (batch * 32 * parts * 8) as usize)?;
+        let ended = Buffer::new(gpu, "parts", batch as usize * 32 * 4)?;
+        ended.fill(0)?;
         let rows = Rows {
             count: batch,
             tokens: positions.view(),
@@ -182,7 +339,7 @@ pub fn attention(gpu: &Arc<dyn Gpu>, kernels: &Kernels) -> Result<Vec<String>> {
                     batch,
                     parts,
                     &layer,
-                    (sums.view(), states.view()),
+                    [sums.view(), states.view(), ended.view()],
                     out.view(),
                 )?;
             }

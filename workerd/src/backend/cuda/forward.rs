@@ -44,6 +44,7 @@ pub struct Arena {
     activated: Buffer,
     sums: Buffer,
     states: Buffer,
+    ended: Buffer,
     logits: Buffer,
     weights: Buffer,
 }
@@ -59,10 +60,11 @@ pub struct Work {
     pub splits: u32,
 }
 
-/// How many parts the attention of so many sequences is cut into: two blocks for each multiprocessor.
+/// How many parts the attention of so many sequences is cut into: at most two blocks for each multiprocessor, which is
+/// what it holds at a time.
 pub fn splits(dims: &Dims, multiprocessors: u32, decodes: u32) -> u32 {
     let blocks = decodes.max(1) * dims.kv_heads * (dims.heads / dims.kv_heads).div_ceil(16);
-    (2 * multiprocessors).div_ceil(blocks).clamp(1, MOST_SPLITS)
+    (2 * multiprocessors / blocks).clamp(1, MOST_SPLITS)
 }
 
 impl Arena {
@@ -104,10 +106,12 @@ impl Arena {
             activated: buffer(r * ffn * 2)?,
             sums: buffer(parts * size * 4)?,
             states: buffer(parts * 8)?,
+            ended: buffer(s * heads * 4)?,
             logits: buffer(s * vocab * 4)?,
             weights: buffer(s * vocab * 4)?,
         };
         // Rows of nobody are computed with whatever is there: let it be numbers.
+        arena.ended.fill(0)?;
         for buffer in [&arena.slots, &arena.queries, &arena.attended, &arena.qkv, &arena.stream] {
             buffer.fill(0)?;
         }
@@ -191,7 +195,7 @@ fn attend(
 ) -> Result<(), GpuError> {
     let (queries, attended) = (arena.queries.view(), arena.attended.view());
     if work.decodes > 0 {
-        let parts = (arena.sums.view(), arena.states.view());
+        let parts = [arena.sums.view(), arena.states.view(), arena.ended.view()];
         let (count, splits) = (work.decodes, work.splits);
         kernels.decode_attention(dims, queries, rows, count, splits, pool, parts, attended)?;
     }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use baton_shared::kv::layout::KvLayout;
 
 use super::buffer::{Buffer, View};
-use super::kernel::{Args, Kernel, Shape};
+use super::kernel::{Args, Kernel, Shape, decode_shared};
 use super::{Gpu, GpuError, Product};
 
 /// Numbers of a model that kernels need.
@@ -94,7 +94,7 @@ pub const OPEN_BYTES: usize = 80;
 /// See [`SLOT_BYTES`].
 pub const CHOSEN_BYTES: usize = 16;
 /// Largest parts a sequence is cut into for decode attention.
-pub const MOST_SPLITS: u32 = 64;
+pub const MOST_SPLITS: u32 = 16;
 
 /// All kernels of one device.
 #[derive(Debug)]
@@ -195,7 +195,9 @@ impl Kernels {
             Some(rows) => holds("rows", rows, u64::from(count), 4),
             None => holds("stream", stream, u64::from(count) * hidden, 4),
         }
-        let threads = (dims.hidden / 4).next_multiple_of(32).clamp(32, 1024);
+        // Few rows: as quick as can be. Many: as many at a time as can be.
+        let most = if count > 256 { 256 } else { 1024 };
+        let threads = (dims.hidden / 4).next_multiple_of(32).clamp(32, most);
         let args = Args::default()
             .u64(stream.address())
             .u64(weight.address())
@@ -331,7 +333,7 @@ impl Kernels {
     }
 
     /// Attention of the first `count` rows, one of each sequence, cut into `splits` parts that meet in `sums` and
-    /// `states` (f32 and pairs of f32).
+    /// `states` (f32 and pairs of f32); `ended` counts them, and is 0 before and after.
     ///
     /// # Errors
     /// What the device says.
@@ -344,7 +346,7 @@ impl Kernels {
         count: u32,
         splits: u32,
         pool: &PoolLayer<'_>,
-        (sums, states): (View<'_>, View<'_>),
+        [sums, states, ended]: [View<'_>; 3],
         out: View<'_>,
     ) -> Result<(), GpuError> {
         let size = dims.head_dim;
@@ -369,19 +371,12 @@ impl Kernels {
             .f32(scale(size))
             .u64(out.address())
             .u64(sums.address())
-            .u64(states.address());
-        let grid = [splits, dims.kv_heads * group.div_ceil(16), count];
-        self.start(&format!("decode_{size}"), grid, 128, 4 * 32 * size * 2 + 512, &args)?;
-        if splits == 1 {
-            return Ok(());
-        }
-        let args = Args::default()
-            .u64(sums.address())
             .u64(states.address())
-            .u64(rows.positions.address())
-            .u64(out.address())
-            .u32(splits);
-        self.start("combine", [dims.heads, count, 1], size, 0, &args)
+            .u64(ended.address());
+        let grid = [splits, dims.kv_heads * group.div_ceil(16), count];
+        let blocks = u64::from(count) * u64::from(grid[1]);
+        holds("ended parts", ended, if splits > 1 { blocks } else { 0 }, 4);
+        self.start(&format!("decode_{size}"), grid, 128, decode_shared(size), &args)
     }
 
     /// Attention of tiles of rows: `u32`s `[tile][first row, rows, position, start of table]`.
