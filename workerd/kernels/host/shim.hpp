@@ -19,6 +19,7 @@ static thread_local host::Triple threadIdx, blockIdx, blockDim, gridDim;
 
 #define BATON_HOST
 #define DEVICE [[maybe_unused]] static inline
+#define DEVICE_MEMBER inline
 #define KERNEL(threads, blocks) static void
 #define SHARED_MEMORY(name) std::uint8_t* const name = host::machine->shared
 
@@ -180,6 +181,10 @@ DEVICE unsigned rounded(float value) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 DEVICE unsigned pack(float low, float high) { return rounded(low) | rounded(high) << 16; }
+DEVICE unsigned times(unsigned a, unsigned b) {
+    auto value = [](unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; };
+    return pack(value(a << 16) * value(b << 16), value(a & 0xffff0000u) * value(b & 0xffff0000u));
+}
 DEVICE float fast_exp2(float x) {
     float y = std::exp2(x);
     return y < 1.17549435e-38f ? 0.0f : y;

@@ -102,9 +102,13 @@ fn check(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
         wrong += numbers(options, gpu)?;
     }
     if wants("reference") {
-        match reference::numbers(gpu)? {
-            None => println!("skipped: reference (python3 has no torch and transformers)"),
-            Some(all) => {
+        match reference::numbers(gpu) {
+            Err(error) => {
+                println!("WRONG reference: {error:#}");
+                wrong += 1;
+            }
+            Ok(None) => println!("skipped: reference (python3 has no torch and transformers)"),
+            Ok(Some(all)) => {
                 wrong += all.into_iter().map(|(name, one)| report(&name, one)).sum::<usize>();
             }
         }

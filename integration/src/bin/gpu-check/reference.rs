@@ -67,6 +67,13 @@ fn shapes() -> [(&'static str, TinyModel); 4] {
     ]
 }
 
+/// What transformers goes by.
+fn name_type(config: &Path, name: &str) -> Result<()> {
+    let mut values: Value = serde_json::from_slice(&std::fs::read(config)?)?;
+    values["model_type"] = name.split('-').next().into();
+    Ok(std::fs::write(config, values.to_string())?)
+}
+
 /// Name and difference for each model; `None` where there is no reference.
 pub fn numbers(gpu: &Arc<dyn Gpu>) -> Result<Option<Vec<(String, Result<Difference>)>>> {
     let folder = tempfile::tempdir()?;
@@ -77,6 +84,7 @@ pub fn numbers(gpu: &Arc<dyn Gpu>) -> Result<Option<Vec<(String, Result<Differen
     for (name, shape) in shapes() {
         let path = folder.path().join(name);
         shape.write(&path)?;
+        name_type(&path.join("config.json"), name)?;
         let asked: Vec<Value> =
             prompts.iter().map(|prompt| json!({"prompt": prompt, "steps": OUTPUT})).collect();
         std::fs::write(path.join("prompts.json"), serde_json::to_string(&asked)?)?;

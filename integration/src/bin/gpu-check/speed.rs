@@ -10,7 +10,9 @@ use baton_workerd::backend::Backend;
 use baton_workerd::backend::cuda::forward::splits;
 use baton_workerd::backend::cuda::sys::Gpu;
 use baton_workerd::backend::cuda::sys::buffer::Buffer;
-use baton_workerd::backend::cuda::sys::launch::{Dims, Kernels, Matrix, Mode, PoolLayer, Rows};
+use baton_workerd::backend::cuda::sys::launch::{
+    Dims, Format, Kernels, Matrix, Mode, PoolLayer, Rows, Spare,
+};
 use baton_workerd::backend::cuda::sys::queue::{Event, Graph};
 use baton_workerd::backend::cuda::{CudaBackend, CudaOptions, PoolSize};
 use baton_workerd::engine::sampling::SamplingParams;
@@ -87,11 +89,19 @@ pub fn ceilings(gpu: &Arc<dyn Gpu>, kernels: &Kernels) -> Result<Ceilings> {
     };
     let matrix = if gpu.has_blas() {
         let n = 8192_usize;
-        let weights = Matrix { buffer: random(gpu, n * n)?, n: n as u32, k: n as u32 };
+        let weights =
+            Matrix { buffer: random(gpu, n * n)?, format: Format::Bf16, n: n as u32, k: n as u32 };
         let (x, out) = (random(gpu, n * n)?, Buffer::new(gpu, "products", n * n * 2)?);
         let seconds = time(gpu, 10, |_| {
             let (x, out) = (x.view(), out.view());
-            Ok(kernels.multiply(Mode::Bf16, &weights, x, n as u32, out, out)?)
+            Ok(kernels.multiply(
+                Mode::Bf16,
+                &weights,
+                x,
+                n as u32,
+                out,
+                Spare { gate_up: out, wide: out },
+            )?)
         })?;
         2.0 * (n as f64).powi(3) / seconds
     } else {
@@ -117,7 +127,7 @@ pub fn products(gpu: &Arc<dyn Gpu>, kernels: &Kernels, m: u32) -> Result<Vec<Str
         let bytes = n as usize * k as usize * 2;
         let copies = (512_usize << 20).div_ceil(bytes).max(1);
         let weights: Vec<Matrix> = (0..copies)
-            .map(|_| Ok(Matrix { buffer: random(gpu, bytes / 2)?, n, k }))
+            .map(|_| Ok(Matrix { buffer: random(gpu, bytes / 2)?, format: Format::Bf16, n, k }))
             .collect::<Result<_>>()?;
         let x = random(gpu, (m * k) as usize)?;
         let out = Buffer::new(gpu, "products", m as usize * n as usize * 4)?;
@@ -125,7 +135,8 @@ pub fn products(gpu: &Arc<dyn Gpu>, kernels: &Kernels, m: u32) -> Result<Vec<Str
         out.fill(0)?;
         let all = || {
             for weights in &weights {
-                kernels.multiply(mode, weights, x.view(), m, out.view(), spare.view())?;
+                let spare = Spare { gate_up: spare.view(), wide: spare.view() };
+                kernels.multiply(mode, weights, x.view(), m, out.view(), spare)?;
             }
             Ok(())
         };
@@ -216,8 +227,14 @@ pub fn layer(gpu: &Arc<dyn Gpu>, kernels: &Kernels, batch: u32) -> Result<Vec<St
         tables: tables.view(),
     };
     let matrices = |rows: u32, columns: u32| -> Result<Vec<Matrix>> {
-        let one =
-            || Ok(Matrix { buffer: random(gpu, (rows * columns) as usize)?, n: rows, k: columns });
+        let one = || {
+            Ok(Matrix {
+                buffer: random(gpu, (rows * columns) as usize)?,
+                format: Format::Bf16,
+                n: rows,
+                k: columns,
+            })
+        };
         (0..REPEATS).map(|_| one()).collect()
     };
     let (qkv_w, out_w) = (matrices(6144, 4096)?, matrices(4096, 4096)?);
@@ -237,7 +254,8 @@ pub fn layer(gpu: &Arc<dyn Gpu>, kernels: &Kernels, batch: u32) -> Result<Vec<St
     let one = |which: usize, repeat: usize| {
         let pool = PoolLayer { memory: pool.view(), layout: &layout, layer: repeat as u32 };
         let multiply = |mode, weights: &[Matrix], x: &Buffer, out: &Buffer| {
-            kernels.multiply(mode, &weights[repeat], x.view(), batch, out.view(), active.view())
+            let spare = Spare { gate_up: active.view(), wide: active.view() };
+            kernels.multiply(mode, &weights[repeat], x.view(), batch, out.view(), spare)
         };
         match which {
             0 | 5 => {

@@ -10,7 +10,7 @@ use baton_shared::kv::layout::KvLayout;
 use super::inputs::Places;
 use super::sys::buffer::{Buffer, View};
 use super::sys::launch::{
-    CHOSEN_BYTES, Dims, Kernels, MOST_SPLITS, Mode, PoolLayer, Rows, SLOT_BYTES,
+    CHOSEN_BYTES, Dims, Kernels, MOST_SPLITS, Mode, PoolLayer, Rows, SLOT_BYTES, Spare,
 };
 use super::sys::{Gpu, GpuError};
 use super::weights::Weights;
@@ -41,6 +41,8 @@ pub struct Arena {
     attended: Buffer,
     /// bf16 `[row][2 ffn]`, where the vendor's library multiplies.
     gate_up: Buffer,
+    /// bf16, the largest matrix of one byte.
+    wide: Buffer,
     activated: Buffer,
     sums: Buffer,
     states: Buffer,
@@ -68,7 +70,8 @@ pub fn splits(dims: &Dims, multiprocessors: u32, decodes: u32) -> u32 {
 }
 
 impl Arena {
-    /// For steps of at most `rows` rows of `sequences` sequences, whose block tables have `table` blocks at most.
+    /// For steps of at most `rows` rows of `sequences` sequences, whose block tables have `table` blocks at most; the
+    /// largest matrix of weights of one byte has `wide` elements.
     ///
     /// # Errors
     /// [`GpuError`].
@@ -78,6 +81,7 @@ impl Arena {
         rows: u32,
         sequences: u32,
         table: u32,
+        wide: usize,
     ) -> Result<Self, GpuError> {
         let (r, s) = (rows as usize, sequences as usize);
         let [hidden, ffn, vocab] = [dims.hidden, dims.ffn, dims.vocab].map(|n| n as usize);
@@ -103,6 +107,7 @@ impl Arena {
             queries: buffer(r * heads * size * 2)?,
             attended: buffer(r * heads * size * 2)?,
             gate_up: buffer(if gpu.has_blas() { r * ffn * 4 } else { 0 })?,
+            wide: buffer(wide * 2)?,
             activated: buffer(r * ffn * 2)?,
             sums: buffer(parts * size * 4)?,
             states: buffer(parts * 8)?,
@@ -120,6 +125,10 @@ impl Arena {
 
     fn words(&self, at: usize, count: u32) -> View<'_> {
         self.inputs.view().part(4 * at, 4 * count as usize)
+    }
+
+    fn spare(&self) -> Spare<'_> {
+        Spare { gate_up: self.gate_up.view(), wide: self.wide.view() }
     }
 
     /// The rows of a step whose inputs lie at `places`.
@@ -149,7 +158,7 @@ pub fn run(
 ) -> Result<(), GpuError> {
     let Work { places, .. } = *work;
     let (dims, rows) = (&weights.dims, arena.rows(places));
-    let (stream, normed, spare) = (arena.stream.view(), arena.normed.view(), arena.gate_up.view());
+    let (stream, normed, spare) = (arena.stream.view(), arena.normed.view(), arena.spare());
     kernels.embed(
         dims,
         &weights.embedding,
@@ -218,8 +227,7 @@ fn choose(
     let rows = arena.words(places.sampled_rows(), count);
     let norm = weights.final_norm.view();
     kernels.rms_norm(dims, arena.stream.view(), norm, Some(rows), count, normed)?;
-    let spare = arena.gate_up.view();
-    kernels.multiply(Mode::F32, weights.head(), normed, count, logits, spare)?;
+    kernels.multiply(Mode::F32, weights.head(), normed, count, logits, arena.spare())?;
     kernels.sample(
         dims,
         logits,

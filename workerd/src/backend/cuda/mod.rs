@@ -140,7 +140,14 @@ impl CudaBackend {
         let weights = Weights::load(gpu, source)?;
         let (rows, sequences) = (options.max_batch_tokens, options.max_sequences);
         let table = options.max_len.div_ceil(options.block_tokens);
-        let arena = Arena::new(gpu, &weights.dims, rows.max(sequences), sequences, table)?;
+        let arena = Arena::new(
+            gpu,
+            &weights.dims,
+            rows.max(sequences),
+            sequences,
+            table,
+            weights.widest(),
+        )?;
         let layout = layout(gpu, &spec, options)?;
         let memory = Arc::new(PoolMemory::new(gpu, layout.bytes() as usize)?);
         let open = || Buffer::new(gpu, "slots", 1 << 16);

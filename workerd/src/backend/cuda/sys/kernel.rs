@@ -62,6 +62,10 @@ pub const SOURCES: [Source; 6] = [
         "skinny_bf16_1": SMALL, "skinny_add_1": SMALL, "skinny_swiglu_1": SMALL, "skinny_f32_1": SMALL,
         "skinny_bf16_8": SMALL, "skinny_add_8": SMALL, "skinny_swiglu_8": SMALL, "skinny_f32_8": SMALL,
         "skinny_bf16_16": SMALL, "skinny_add_16": SMALL, "skinny_swiglu_16": SMALL, "skinny_f32_16": SMALL,
+        "skinny_f8_bf16_1": SMALL, "skinny_f8_add_1": SMALL, "skinny_f8_swiglu_1": SMALL, "skinny_f8_f32_1": SMALL,
+        "skinny_f8_bf16_8": SMALL, "skinny_f8_add_8": SMALL, "skinny_f8_swiglu_8": SMALL, "skinny_f8_f32_8": SMALL,
+        "skinny_f8_bf16_16": SMALL, "skinny_f8_add_16": SMALL, "skinny_f8_swiglu_16": SMALL, "skinny_f8_f32_16": SMALL,
+        "widen": 0,
     ),
     source!("gemm", "gemm_bf16": 65536, "gemm_add": 65536, "gemm_swiglu": 65536, "gemm_f32": 65536),
     source!(
