@@ -3,7 +3,7 @@
 CARGO_TEST = cargo test --release --workspace
 ARGS ?=
 
-.PHONY: run test test-long test-gpu bench bench-setup fuzz kernels setup optional-models build clean
+.PHONY: run test test-long test-gpu bench bench-setup fuzz kernels setup optional-models build clean gpu-bundle gpu-check
 
 ## Two context workers, a generation worker and the router with a real model; prints an answer, stays up.
 run: build
@@ -44,6 +44,14 @@ kernels:
 	@integration/setup.sh --tools
 	@cargo build --quiet --release --workspace --bin kernels
 	@target/release/kernels $(ARGS)
+
+## A folder that needs only an NVIDIA driver and checks the CUDA back end there: target/gpu-bundle/gpu-check.
+gpu-bundle: build
+	@integration/gpu-bundle.sh
+
+## The same, and runs it here. ARGS="--parts numbers,steps" for a part. Exit code 3: there is no GPU.
+gpu-check: gpu-bundle
+	@target/gpu-bundle/gpu-check $(ARGS)
 
 ## What a build and a run need beyond the toolchain, into .deps.
 setup:

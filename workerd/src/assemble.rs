@@ -5,9 +5,9 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use baton_shared::id::{IdMint, Incarnation, WorkerId};
 use baton_shared::kv::fingerprint::{Architecture, Revision, fingerprint};
 use baton_shared::kv::layout::KvDtype;
@@ -15,9 +15,10 @@ use baton_shared::os;
 use baton_shared::wire::auth::Keys;
 
 use crate::api::worker::{Limits, Worker, unix_seconds};
-use crate::backend::cpu::{CpuBackend, CpuOptions, Simd};
-use crate::backend::{Backend, warm_up};
+use crate::backend::cuda::sys::driver::{self, Features};
+use crate::backend::warm_up;
 use crate::config::{Secret, WorkerConfig};
+use crate::device::{Found, Loaded};
 use crate::engine::{EngineConfig, EngineHandle, Parts, StepPace, engine};
 use crate::handover::PeerAddress;
 use crate::handover::mover::{Mover, MoverHandle, MoverRegions, MoverSettings, OpenTransport};
@@ -25,7 +26,7 @@ use crate::handover::nixl::{AgentRole, NixlLibrary, NixlSettings, NixlTransport,
 use crate::kv::region::{EpochPage, KvRegion};
 use crate::metrics::Metrics;
 use crate::model::hub::{self, HubSettings, ModelId};
-use crate::model::narrowed::{CpuWeights, Narrowed};
+use crate::model::narrowed::CpuWeights;
 use crate::model::{self, ModelError, ModelFiles, ModelSpec, Source};
 use crate::text::model::ModelTexts;
 
@@ -55,6 +56,8 @@ pub fn assemble(
             (None, None) => Keys::none(),
         };
     let library = NixlLibrary::load(config.nixl.library_dir.as_deref())?;
+    let device = config.engine.device.parse().expect("the configuration was checked");
+    let device = Found::find(device, |ordinal| driver::open(ordinal, Features::default()))?;
     let path = &find_model(config, environment)?;
     let begun = Instant::now();
     tracing::info!(path = %path.display(), "loading the model");
@@ -62,16 +65,17 @@ pub fn assemble(
     let spec = files.spec().clone();
     let texts = ModelTexts::open(path, files.header(), &spec)
         .with_context(|| format!("the tokenizer of `{}`", path.display()))?;
-    let fingerprint = fingerprint_of(config, &files, &texts)?;
-    let mut backend = cpu_backend(config, &mut files)?;
+    let Loaded { mut backend, weights, pace, device } =
+        device.load(config, &mut files, max_len(config, &spec))?;
+    let fingerprint = fingerprint_of(config, weights, &files, &texts)?;
     drop(files);
-    warm_up::warm_up(&mut backend).context("the first steps")?;
-    tracing::info!(seconds = begun.elapsed().as_secs_f32(), simd = backend.simd(), "model ready");
+    warm_up::warm_up(&mut *backend).context("the first steps")?;
+    tracing::info!(seconds = begun.elapsed().as_secs_f32(), device, "model ready");
     let incarnation = Incarnation::random();
     let id: WorkerId = address.to_string().parse()?;
     let limits = limits(config, &spec, backend.pool());
     let metrics = Arc::new(Metrics::new(config.role));
-    let (handle, seat) = engine(engine_config(config, &limits, &spec));
+    let (handle, seat) = engine(engine_config(config, &limits, pace));
     let epochs = EpochPage::new(backend.pool().layout.blocks as usize)?;
     let settings = MoverSettings {
         settle_timeout: config.handover.quarantine_timeout.duration(),
@@ -81,14 +85,8 @@ pub fn assemble(
         Transports { library, nixl: nixl_settings(config), settings, id: &id, incarnation };
     let (mover, serve) =
         transport.start(&handle, &metrics, backend.pool(), &epochs).context("hand-over")?;
-    seat.start(Parts {
-        backend: Box::new(backend),
-        epochs,
-        serve,
-        incarnation,
-        puller: Box::new(mover.clone()),
-    })
-    .context("the engine thread")?;
+    seat.start(Parts { backend, epochs, serve, incarnation, puller: Box::new(mover.clone()) })
+        .context("the engine thread")?;
     let worker = Worker {
         engine: handle,
         texts: Arc::new(texts),
@@ -195,6 +193,7 @@ fn nixl_settings(config: &WorkerConfig) -> NixlSettings {
 
 fn fingerprint_of(
     config: &WorkerConfig,
+    weights: CpuWeights,
     files: &ModelFiles,
     texts: &ModelTexts,
 ) -> Result<[u8; 32], ModelError> {
@@ -214,87 +213,36 @@ fn fingerprint_of(
     };
     let revision = match &config.model_revision {
         Some(revision) => Revision::Configured(revision),
-        None => Revision::Content(cpu_weights(config).content_hash(files.content_hash()?)),
+        None => Revision::Content(weights.content_hash(files.content_hash()?)),
     };
     Ok(fingerprint(&architecture, texts.hash(), KvDtype::Bf16, revision))
 }
 
-fn cpu_backend(config: &WorkerConfig, files: &mut ModelFiles) -> Result<CpuBackend> {
-    let spec = files.spec();
-    let block_tokens = config.kv.block_tokens;
-    let vectors = u64::from(spec.layers) * u64::from(spec.kv_heads) * 2 * u64::from(block_tokens);
-    let block_bytes = vectors * u64::from(spec.head_dim) * KvDtype::Bf16.bytes();
-    let pool = config.kv.pool;
-    let most = match config.kv.max_tokens {
-        0 => u32::MAX,
-        tokens => (tokens / block_tokens).max(1),
-    };
-    let blocks = u32::try_from(pool.get() / block_bytes).unwrap_or(u32::MAX).min(most);
-    ensure!(
-        blocks > 0,
-        "`kv.pool` = `{pool}` is too small: one block of this model has {block_bytes} bytes"
-    );
-    let options = CpuOptions {
-        threads: threads(config),
-        max_sequences: config.engine.max_sequences,
-        max_batch_tokens: match config.engine.max_batch_tokens {
-            0 => MOST_TOKENS.max(config.engine.max_sequences),
-            tokens => tokens.max(config.engine.max_sequences),
-        },
-        blocks,
-        block_tokens,
-        simd: Simd::Auto,
-    };
-    Ok(CpuBackend::load(&mut Narrowed::new(files, cpu_weights(config)), &options)?)
-}
-
-fn cpu_weights(config: &WorkerConfig) -> CpuWeights {
-    config.engine.cpu_weights.parse().expect("the configuration was checked")
-}
-
-/// Tokens of a step on the CPU at most, where time allows so many.
-const MOST_TOKENS: u32 = 2048;
-
-fn threads(config: &WorkerConfig) -> usize {
-    match config.engine.threads {
-        0 => os::cores_available().get(),
-        threads => threads as usize,
+/// Tokens of the longest sequence; the pool may allow less.
+fn max_len(config: &WorkerConfig, spec: &ModelSpec) -> u32 {
+    match config.engine.max_model_len {
+        0 => spec.longest(),
+        limit => limit.min(spec.longest()),
     }
-}
-
-/// A long prompt keeps nobody's next token waiting for longer than some 75 ms: 50 to 100 ms are the aim.
-fn step_pace(spec: &ModelSpec, threads: usize) -> StepPace {
-    const TARGET: Duration = Duration::from_millis(75);
-    /// Additions and multiplications one thread does in a second, roughly.
-    const WORK: f64 = 4e10;
-    let (hidden, ffn) = (f64::from(spec.hidden), f64::from(spec.ffn));
-    let attention = 2.0 * f64::from(spec.query_width() + spec.kv_width()) * hidden;
-    let weights = f64::from(spec.layers) * (attention + 3.0 * ffn * hidden);
-    let row = 2.0 * weights / (WORK * threads as f64);
-    StepPace { target: TARGET, row: Duration::from_secs_f64(row) }
 }
 
 fn limits(config: &WorkerConfig, spec: &ModelSpec, pool: &KvRegion) -> Limits {
     let block_tokens = pool.layout.block_tokens;
     let leasable = f64::from(pool.layout.blocks) * config.max_leased_fraction();
     let longest = spec.longest();
-    let max_len = match config.engine.max_model_len {
-        0 => longest,
-        limit => limit.min(longest),
-    };
     if config.engine.max_model_len > longest {
         let asked = config.engine.max_model_len;
         tracing::warn!(asked, longest, "`engine.max_model_len` is more than the model can do");
     }
     Limits {
-        max_len,
+        max_len: max_len(config, spec),
         pool_tokens: pool.layout.blocks.saturating_mul(block_tokens),
         leasable_tokens: (leasable as u32).saturating_mul(block_tokens),
         block_tokens,
     }
 }
 
-fn engine_config(config: &WorkerConfig, limits: &Limits, spec: &ModelSpec) -> EngineConfig {
+fn engine_config(config: &WorkerConfig, limits: &Limits, pace: Option<StepPace>) -> EngineConfig {
     EngineConfig {
         max_queue: config.server.max_queue as usize,
         max_sequences: config.engine.max_sequences,
@@ -309,7 +257,7 @@ fn engine_config(config: &WorkerConfig, limits: &Limits, spec: &ModelSpec) -> En
         prefix_cache: config.kv.prefix_cache,
         event_buffer: config.kv.event_buffer as usize,
         event_hash: config.kv.event_hash,
-        pace: Some(step_pace(spec, threads(config))),
+        pace,
         ..EngineConfig::default()
     }
 }

@@ -43,6 +43,9 @@ pub struct Args {
     /// Name clients may use for the model; may be repeated
     #[arg(long, value_name = "NAME", alias = "served_model_name")]
     pub served_model_name: Vec<String>,
+    /// What computes: auto, cpu or cuda:N (N counts the visible GPUs from 0)
+    #[arg(long)]
+    pub device: Option<String>,
     /// CPU threads; 0 = as many as there are cores
     #[arg(long)]
     pub threads: Option<u32>,
@@ -52,6 +55,14 @@ pub struct Args {
     /// Size of the KV pool on the CPU, as in `512MiB`
     #[arg(long, value_name = "SIZE", alias = "kv_pool")]
     pub kv_pool: Option<Bytes>,
+    /// Size of the KV pool on a GPU, as a share of the memory that is free beside the model
+    #[arg(
+        long,
+        value_name = "SHARE",
+        visible_alias = "kv_cache_free_gpu_memory_fraction",
+        alias = "free_gpu_memory_fraction"
+    )]
+    pub free_gpu_memory_fraction: Option<f64>,
     /// error, warn, info, debug, trace, or a filter
     #[arg(long, value_name = "LEVEL", alias = "log_level")]
     pub log_level: Option<String>,
@@ -155,9 +166,11 @@ impl Args {
             port,
             config: _,
             served_model_name,
+            device,
             threads,
             cpu_weights,
             kv_pool,
+            free_gpu_memory_fraction,
             log_level,
             check: _,
             print_config: _,
@@ -175,9 +188,11 @@ impl Args {
         if !served_model_name.is_empty() {
             config.served_model_names = served_model_name;
         }
+        set(&mut config.engine.device, device);
         set(&mut config.engine.threads, threads);
         set(&mut config.engine.cpu_weights, cpu_weights);
         set(&mut config.kv.pool, kv_pool);
+        set(&mut config.kv.free_gpu_memory_fraction, free_gpu_memory_fraction);
         set(&mut config.log.level, log_level);
         set(&mut config.engine.tensor_parallel_size, tp_size);
         set(&mut config.engine.pipeline_parallel_size, pp_size);

@@ -93,11 +93,10 @@ pub struct KvSection {
     pub block_tokens: u32,
     /// Size of the pool on the CPU.
     pub pool: Bytes,
-    /// Tokens the pool holds at most; 0 = what `pool` holds.
+    /// Tokens the pool holds at most; 0 = as many as its size allows.
     pub max_tokens: u32,
-    /// Size of the pool on a GPU, as a share of what is free.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub free_gpu_memory_fraction: Option<f64>,
+    /// Size of the pool on a GPU, as a share of what is free once weights and activations are there.
+    pub free_gpu_memory_fraction: f64,
     /// Whether blocks of earlier prompts are used again.
     pub prefix_cache: bool,
     /// Events of the prefix cache kept for `/kv_cache_events`; 0 = none.
@@ -226,7 +225,7 @@ impl Default for KvSection {
             block_tokens: 32,
             pool: Bytes::mib(512),
             max_tokens: 0,
-            free_gpu_memory_fraction: None,
+            free_gpu_memory_fraction: 0.9,
             prefix_cache: true,
             event_buffer: 1024,
             event_hash: EventHashAlgorithm::default(),

@@ -9,6 +9,7 @@ pub mod assemble;
 pub mod backend;
 pub mod cli;
 pub mod config;
+pub mod device;
 pub mod engine;
 pub mod failpoint;
 pub mod handover;

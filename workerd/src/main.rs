@@ -66,6 +66,12 @@ fn run(args: Args) -> Result<ExitCode> {
     if is_test {
         tracing::warn!("`BATON_TEST=1`: whoever reaches this worker can hold, slow and end it");
     }
+    if !config.without_effect.is_empty() {
+        tracing::warn!(
+            keys = config.without_effect.join(", "),
+            "keys of the file that have no effect here"
+        );
+    }
     let service_manager = std::env::var_os("NOTIFY_SOCKET");
     let notifier = Notifier::new(service_manager.as_deref()).context("`$NOTIFY_SOCKET`")?;
     let notifier = Arc::new(notifier);

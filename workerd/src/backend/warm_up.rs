@@ -8,7 +8,7 @@ use crate::engine::sampling::SamplingParams;
 use crate::engine::step::{Input, Slot, SlotOpen, StepOut, StepPlan, StepSeq};
 
 /// Longest prompt of it: larger steps take too long for a start.
-const LONGEST: u32 = 512;
+pub const LONGEST: u32 = 512;
 
 /// A prompt of the largest step, and a token after it. What they leave in the pool belongs to nobody.
 ///

@@ -8,6 +8,7 @@ use baton_shared::telemetry;
 use super::{
     EngineSection, HandoverSection, KvSection, LogSection, NixlSection, ServerSection, WorkerConfig,
 };
+use crate::device::Device;
 use crate::model::narrowed::CpuWeights;
 
 impl WorkerConfig {
@@ -72,16 +73,9 @@ impl ServerSection {
 
 impl EngineSection {
     fn validate(&self) -> Result<(), ConfigError> {
-        let cuda = |n: &str| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit());
-        match self.device.as_str() {
-            "auto" | "cpu" => {}
-            other if other.strip_prefix("cuda:").is_some_and(cuda) => {
-                return Err(not_yet("engine.device", other, "use `cpu`"));
-            }
-            other => {
-                let rule = "must be `auto`, `cpu` or `cuda:N`";
-                return Err(broken("engine.device", Some(other.into()), rule));
-            }
+        if let Err(rule) = self.device.parse::<Device>() {
+            let value = Some(self.device.clone());
+            return Err(broken("engine.device", value, &rule.to_string()));
         }
         if let Err(rule) = self.cpu_weights.parse::<CpuWeights>() {
             let value = Some(self.cpu_weights.clone());
@@ -102,17 +96,8 @@ impl KvSection {
             let rule = format!("must be at most {MOST_EVENTS}");
             return Err(broken("kv.event_buffer", Some(self.event_buffer.to_string()), &rule));
         }
-        if let Some(fraction) = self.free_gpu_memory_fraction {
-            let instead = "the pool of a CPU worker is `kv.pool`";
-            return Err(not_yet("kv.free_gpu_memory_fraction", fraction, instead));
-        }
-        match self.max_leased_fraction {
-            Some(share) if !(share > 0.0 && share <= 1.0) => {
-                let rule = "must be above 0 and at most 1";
-                Err(broken("kv.max_leased_fraction", Some(share.to_string()), rule))
-            }
-            Some(_) | None => Ok(()),
-        }
+        share("kv.free_gpu_memory_fraction", self.free_gpu_memory_fraction)?;
+        self.max_leased_fraction.map_or(Ok(()), |part| share("kv.max_leased_fraction", part))
     }
 }
 
@@ -217,6 +202,13 @@ fn at_least(key: &str, value: u32, least: u32) -> Result<(), ConfigError> {
     Err(broken(key, Some(value.to_string()), &format!("must be at least {least}")))
 }
 
+fn share(key: &str, value: f64) -> Result<(), ConfigError> {
+    if value > 0.0 && value <= 1.0 {
+        return Ok(());
+    }
+    Err(broken(key, Some(value.to_string()), "must be above 0 and at most 1"))
+}
+
 fn one(key: &str, value: u32) -> Result<(), ConfigError> {
     match value {
         1 => Ok(()),
@@ -297,9 +289,7 @@ mod tests {
         for (text, key) in [
             ("[engine]\ntensor_parallel_size = 2", "engine.tensor_parallel_size"),
             ("[engine]\npipeline_parallel_size = 2", "engine.pipeline_parallel_size"),
-            ("[engine]\ndevice = \"cuda:0\"", "engine.device"),
             ("[kv]\nblock_tokens = 64", "kv.block_tokens"),
-            ("[kv]\nfree_gpu_memory_fraction = 0.9", "kv.free_gpu_memory_fraction"),
             ("[handover]\nnixl_backend = \"LIBFABRIC\"", "handover.nixl_backend"),
             ("[handover]\nfallback = \"recompute\"", "handover.fallback"),
             ("[server]\nlisten = \"unix:/run/w.sock\"", "server.listen"),
@@ -315,9 +305,15 @@ mod tests {
         for (text, key) in [
             ("served_model_names = [\"\"]", "served_model_names"),
             ("[engine]\ndevice = \"tpu\"", "engine.device"),
+            ("[engine]\ndevice = \"gpu\"", "engine.device"),
+            ("[engine]\ndevice = \"cuda:\"", "engine.device"),
+            ("[engine]\ndevice = \"cuda:x\"", "engine.device"),
             ("[engine]\nmax_sequences = 0", "engine.max_sequences"),
             ("[engine]\ncpu_weights = \"q4_0\"", "engine.cpu_weights"),
             ("[kv]\nmax_leased_fraction = 1.5", "kv.max_leased_fraction"),
+            ("[kv]\nfree_gpu_memory_fraction = 0.0", "kv.free_gpu_memory_fraction"),
+            ("[kv]\nfree_gpu_memory_fraction = 1.5", "kv.free_gpu_memory_fraction"),
+            ("[kv]\nfree_gpu_memory_fraction = nan", "kv.free_gpu_memory_fraction"),
             ("[kv]\nevent_buffer = 2000000", "kv.event_buffer"),
             ("[handover]\nbackend = \"MPI\"", "handover.backend"),
             ("[handover]\npull_timeout = \"0s\"", "handover.pull_timeout"),

@@ -1,7 +1,6 @@
 //! The worker YAML of `trtllm-serve` as our configuration.
 //!
-//! What only means something on a GPU, or only makes the same answers faster, is accepted without effect and
-//! named in one warning.
+//! What only makes the same answers faster is accepted without effect and named in one warning.
 
 use std::path::Path;
 
@@ -49,6 +48,8 @@ impl WorkerConfig {
         set(&mut config.kv.block_tokens, tokens_per_block);
         set(&mut config.kv.max_tokens, kv_max_tokens);
         let kv = &mut config.kv;
+        kv.free_gpu_memory_fraction =
+            free_gpu_memory_fraction.unwrap_or(kv.free_gpu_memory_fraction);
         kv.prefix_cache = enable_block_reuse.unwrap_or(kv.prefix_cache);
         kv.event_buffer = event_buffer.unwrap_or(kv.event_buffer);
         kv.event_hash = event_hash.unwrap_or(kv.event_hash);
@@ -58,14 +59,9 @@ impl WorkerConfig {
             handover.pull_timeout = handover.pull_timeout.min(Seconds(timeout));
         }
         config.auth.internal_request_auth_key = internal_request_auth_key.map(Secret);
-        for (is_set, key) in [
-            (free_gpu_memory_fraction.is_some(), "kv_cache_config.free_gpu_memory_fraction"),
+        if max_tokens_in_buffer.is_some() {
             // Blocks go straight from pool to pool: there is no buffer to size.
-            (max_tokens_in_buffer.is_some(), "cache_transceiver_config.max_tokens_in_buffer"),
-        ] {
-            if is_set {
-                without_effect.push(key.to_owned());
-            }
+            without_effect.push("cache_transceiver_config.max_tokens_in_buffer".to_owned());
         }
         Self { without_effect, ..config }
     }
@@ -103,14 +99,14 @@ mod tests {
     fn sizes_times_and_the_key_are_taken_over() {
         let config = read(
             "max_batch_size: 8\nmax_num_tokens: 512\nmax_seq_len: 2048\ninternal_request_auth_key: sesame\n\
-             kv_cache_config: {max_tokens: 4096, enable_block_reuse: false, event_buffer_max_size: 0}\ncache_transceiver_config: {kv_transfer_timeout_ms: 1500}\n",
+             kv_cache_config: {max_tokens: 4096, free_gpu_memory_fraction: 0.4, enable_block_reuse: false, event_buffer_max_size: 0}\ncache_transceiver_config: {kv_transfer_timeout_ms: 1500}\n",
         );
         let engine = &config.engine;
         assert_eq!(
             (engine.max_sequences, engine.max_batch_tokens, engine.max_model_len),
             (8, 512, 2048)
         );
-        assert_eq!(config.kv.max_tokens, 4096);
+        assert_eq!((config.kv.max_tokens, config.kv.free_gpu_memory_fraction), (4096, 0.4));
         assert_eq!((config.kv.prefix_cache, config.kv.event_buffer), (false, 0));
         assert_eq!(config.handover.lease_timeout, Seconds::millis(1500));
         assert_eq!(config.handover.pull_timeout, Seconds::millis(1500));

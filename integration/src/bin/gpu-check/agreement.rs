@@ -8,7 +8,7 @@ use baton_workerd::engine::sampling::SamplingParams;
 use baton_workerd::engine::step::{Input, Slot, SlotOpen, StepOut, StepPlan, StepSeq};
 
 /// Tokens generated for each comparison.
-const OUTPUT: usize = 12;
+pub const OUTPUT: usize = 12;
 /// Alternatives compared.
 const TOP: u32 = 5;
 

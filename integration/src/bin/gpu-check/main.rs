@@ -5,15 +5,16 @@
 
 mod agreement;
 mod models;
+mod reference;
 mod speed;
 mod transfer;
+mod workers;
 
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use baton_workerd::backend::Backend;
-use baton_workerd::backend::cpu::{CpuBackend, CpuOptions, Simd};
+use baton_workerd::backend::cpu::{self, CpuBackend, CpuOptions, Simd};
 use baton_workerd::backend::cuda::sys::driver::Features;
 use baton_workerd::backend::cuda::sys::launch::Kernels;
 use baton_workerd::backend::cuda::sys::{Gpu, GpuError, driver};
@@ -35,8 +36,12 @@ struct Options {
     /// Which device.
     #[arg(long, default_value_t = 0)]
     device: u32,
-    /// Parts to run: numbers, transfer, kernels, layer, steps.
-    #[arg(long, value_delimiter = ',', default_value = "numbers,transfer,kernels,steps")]
+    /// Parts to run: numbers, reference, transfer, workers, kernels, layer, steps.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "numbers,reference,transfer,workers,kernels,steps"
+    )]
     parts: Vec<String>,
     /// Sequences of the largest decode step that is timed.
     #[arg(long, default_value_t = 256)]
@@ -96,6 +101,14 @@ fn check(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
     if wants("numbers") {
         wrong += numbers(options, gpu)?;
     }
+    if wants("reference") {
+        match reference::numbers(gpu)? {
+            None => println!("skipped: reference (python3 has no torch and transformers)"),
+            Some(all) => {
+                wrong += all.into_iter().map(|(name, one)| report(&name, one)).sum::<usize>();
+            }
+        }
+    }
     let kernels = Kernels::new(gpu);
     let ceilings = speed::ceilings(gpu, &kernels)?;
     if wants("transfer") {
@@ -103,6 +116,18 @@ fn check(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
             Ok(lines) => lines.iter().for_each(|line| println!("{line}")),
             Err(error) => {
                 println!("WRONG transfer: {error:#}");
+                wrong += 1;
+            }
+        }
+    }
+    if wants("workers") {
+        match workers::check(options.device) {
+            Ok((lines, more)) => {
+                lines.iter().for_each(|line| println!("{line}"));
+                wrong += more;
+            }
+            Err(error) => {
+                println!("WRONG workers: {error:#}");
                 wrong += 1;
             }
         }
@@ -128,6 +153,11 @@ fn check(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
     }
     if wants("steps") {
         steps(options, gpu)?;
+        match reference::speed() {
+            Ok(Some(report)) => print!("transformers' own generation, seconds: {report}"),
+            Ok(None) => println!("skipped: transformers' speed (python3 lacks a package)"),
+            Err(error) => println!("skipped: transformers' speed: {error:#}"),
+        }
     }
     Ok(wrong)
 }
@@ -148,18 +178,26 @@ fn numbers(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
             .map(|(len, salt)| lane(*len, salt))
             .collect();
         let blocks = 11 * 40;
-        let mut cpu = CpuBackend::new(
-            &model,
-            &CpuOptions {
+        let on_cpu = |simd| {
+            let options = CpuOptions {
                 threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
                 max_sequences: 32,
                 max_batch_tokens: 512,
                 blocks,
                 block_tokens: 32,
-                simd: Simd::Auto,
-            },
-        )?;
+                simd,
+            };
+            CpuBackend::new(&model, &options)
+        };
+        let mut cpu = on_cpu(Simd::Auto)?;
         let by_cpu = agreement::run(&mut cpu, &lanes, 512).context("on the CPU")?;
+        for tier in cpu::kernels::Kernels::tiers() {
+            let mut other = on_cpu(Simd::Named(tier.name))?;
+            let is_same = agreement::run(&mut other, &lanes[..7], 512)? == by_cpu[..7];
+            let verdict = if is_same { "ok   " } else { "WRONG" };
+            println!("{verdict} {}, CPU kernels `{}`: the same bits", small.name, tier.name);
+            wrong += usize::from(!is_same);
+        }
         for (lane, seen) in lanes.iter_mut().zip(&by_cpu) {
             lane.forced = seen.iter().map(|seen| seen.token).collect();
         }
@@ -199,7 +237,6 @@ fn numbers(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
             );
             wrong += usize::from(!is_same);
         }
-        let _ = cpu.caps();
     }
     Ok(wrong)
 }

@@ -44,6 +44,13 @@ pub enum PoolSize {
     Blocks(u32),
     /// This share of the memory that is free once everything else is there.
     Fraction(f64),
+    /// So many blocks, or as many as that share holds, whichever is less.
+    AtMost {
+        /// Blocks.
+        blocks: u32,
+        /// See [`Self::Fraction`].
+        fraction: f64,
+    },
 }
 
 /// Sizes of a CUDA back end.
@@ -330,7 +337,7 @@ fn layout(
     };
     let blocks = match options.pool {
         PoolSize::Blocks(blocks) => blocks,
-        PoolSize::Fraction(fraction) => {
+        PoolSize::Fraction(fraction) | PoolSize::AtMost { fraction, .. } => {
             let free = gpu.free_memory()?;
             let block = of(1).block_bytes();
             let blocks = (free as f64 * fraction / block as f64) as u64;
@@ -344,7 +351,11 @@ fn layout(
                     total: gpu.facts().memory,
                 }));
             }
-            u32::try_from(blocks).unwrap_or(u32::MAX)
+            let most = match options.pool {
+                PoolSize::AtMost { blocks, .. } => blocks,
+                PoolSize::Blocks(_) | PoolSize::Fraction(_) => u32::MAX,
+            };
+            u32::try_from(blocks).unwrap_or(u32::MAX).min(most)
         }
     };
     let layout = of(blocks);

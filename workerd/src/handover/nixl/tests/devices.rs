@@ -18,26 +18,32 @@ fn look_for_a_gpu() {
 fn gpu_nixl_conforms_over_device_memory() {
     look_for_a_gpu();
     for variables in [&[][..], &[THROUGH_SOCKETS]] {
-        alone("devices::child_conforms", variables);
+        for places in ["device device", "device host", "host device"] {
+            let folder = tempfile::tempdir().unwrap();
+            Running::start("devices::child_conforms", places, folder.path(), variables).succeed();
+        }
     }
 }
 
-/// Agents of one process: UCX has no direct copies between its devices' memory there.
+/// Of the places its name says. In one process UCX has no direct copies between devices' memory.
 #[test]
 #[ignore = "needs a process of its own"]
 fn child_conforms() {
     let (library, settings) = (library(), NixlSettings::default());
+    let open = &mut |name: &str| -> Box<dyn Transport> {
+        Box::new(NixlTransport::open(&library, &settings, name.to_owned()).unwrap())
+    };
     let host = |bytes| Region::host(bytes).unwrap();
-    let kinds: [(&str, &dyn Fn(usize) -> Region); 2] =
-        [("host", &host), ("device", &device_memory)];
-    for (near, far) in [(1, 1), (1, 0), (0, 1)] {
-        let ((near_name, near), (far_name, far)) = (kinds[near], kinds[far]);
-        let open = &mut |name: &str| -> Box<dyn Transport> {
-            let name = format!("{near_name}/{far_name}/{name}");
-            Box::new(NixlTransport::open(&library, &settings, name).unwrap())
-        };
-        suite(&mut Bench { open, near, far });
-    }
+    let memory = |place: &str| -> &dyn Fn(usize) -> Region {
+        match place {
+            "host" => &host,
+            "device" => &device_memory,
+            other => panic!("{other}"),
+        }
+    };
+    let (_, name) = given();
+    let (near, far) = name.split_once(' ').unwrap();
+    suite(&mut Bench { open, near: memory(near), far: memory(far) });
 }
 
 #[test]

@@ -1,0 +1,334 @@
+//! Which device computes (`engine.device`), and what of the configuration means something there.
+//!
+//! `auto` is a choice that is stated: the first visible GPU if it and the kernels can run the model, else the CPU, and the
+//! log says which and why. A device that was named and cannot be had is an error; so is one with too little memory.
+
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use baton_shared::kv::layout::KvDtype;
+use baton_shared::os;
+
+use crate::backend::cpu::{CpuBackend, CpuOptions, Simd};
+use crate::backend::cuda::sys::{Gpu, GpuError};
+use crate::backend::cuda::{CudaBackend, CudaError, CudaOptions, PoolSize};
+use crate::backend::{Backend, warm_up};
+use crate::config::{EngineSection, KvSection, WorkerConfig};
+use crate::engine::StepPace;
+use crate::model::narrowed::{CpuWeights, Narrowed};
+use crate::model::{ModelFiles, ModelSpec, Source};
+
+/// Tokens of a step on the CPU at most, where time allows so many.
+const MOST_CPU_TOKENS: u32 = 2048;
+/// Tokens of a step on a GPU, unless configured.
+const CUDA_TOKENS: u32 = 8192;
+
+/// `engine.device`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// The first visible GPU if it will do, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// That GPU of those visible.
+    Cuda(u32),
+}
+
+/// No such [`Device`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("must be `auto`, `cpu` or `cuda:N`")]
+pub struct UnknownDevice;
+
+impl FromStr for Device {
+    type Err = UnknownDevice;
+
+    fn from_str(name: &str) -> Result<Self, UnknownDevice> {
+        match name {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            other => {
+                let number = other.strip_prefix("cuda:").ok_or(UnknownDevice)?;
+                // Not `+1`, which `parse` takes.
+                let is_plain = number.bytes().all(|byte| byte.is_ascii_digit());
+                let ordinal = number.parse().ok().filter(|_| is_plain);
+                ordinal.map(Self::Cuda).ok_or(UnknownDevice)
+            }
+        }
+    }
+}
+
+/// What was found of a [`Device`].
+#[derive(Debug)]
+pub struct Found {
+    /// `None`: the CPU.
+    gpu: Option<Arc<dyn Gpu>>,
+    /// Whether the CPU will do as well.
+    is_auto: bool,
+}
+
+impl Found {
+    /// Opens the GPU by `open`, if there is to be one.
+    ///
+    /// # Errors
+    /// What is wrong with a GPU that was named.
+    pub fn find(
+        device: Device,
+        open: impl Fn(u32) -> Result<Arc<dyn Gpu>, GpuError>,
+    ) -> Result<Self, GpuError> {
+        let gpu = match device {
+            Device::Cpu => None,
+            Device::Cuda(ordinal) => Some(open(ordinal)?),
+            Device::Auto => match open(0) {
+                Ok(gpu) => Some(gpu),
+                Err(error @ GpuError::Unavailable(_)) => {
+                    tracing::info!(reason = %error, "device `auto`: the CPU computes");
+                    None
+                }
+                Err(error) => {
+                    tracing::warn!(reason = %error, "device `auto`: a GPU is there but cannot be used, the CPU computes");
+                    None
+                }
+            },
+        };
+        if let Some(facts) = gpu.as_deref().map(Gpu::facts) {
+            tracing::info!(
+                device = format!("cuda:{}", facts.ordinal),
+                name = facts.name,
+                capability = format!("{}.{}", facts.capability / 10, facts.capability % 10),
+                memory = facts.memory,
+                driver_cuda = format!("{}.{}", facts.driver / 1000, facts.driver % 1000 / 10),
+                cublaslt = gpu.as_ref().is_some_and(|gpu| gpu.has_blas()),
+                "a GPU computes"
+            );
+        }
+        Ok(Self { gpu, is_auto: device == Device::Auto })
+    }
+
+    /// Loads the model and makes the pool. No sequence is longer than `max_len`.
+    ///
+    /// # Errors
+    /// The model's, the device's; memory that is not there, with sizes.
+    pub fn load(
+        self,
+        config: &WorkerConfig,
+        files: &mut ModelFiles,
+        max_len: u32,
+    ) -> Result<Loaded> {
+        if let Some(gpu) = self.gpu {
+            match CudaBackend::load(&gpu, files, &cuda_options(config, max_len)) {
+                Ok(backend) => {
+                    warn_of(config, NotOn::Cuda);
+                    return Ok(Loaded {
+                        backend: Box::new(backend),
+                        weights: CpuWeights::AsIs,
+                        pace: None,
+                        device: format!("cuda:{}", gpu.facts().ordinal),
+                    });
+                }
+                Err(error @ CudaError::Model(_)) if self.is_auto => {
+                    tracing::warn!(reason = %error, "device `auto`: the CPU computes");
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        warn_of(config, NotOn::Cpu);
+        let weights = cpu_weights(config);
+        let options = cpu_options(config, files.spec())?;
+        let threads = options.threads;
+        let backend = CpuBackend::load(&mut Narrowed::new(files, weights), &options)?;
+        Ok(Loaded {
+            weights,
+            pace: Some(step_pace(files.spec(), threads)),
+            device: format!("cpu ({})", backend.simd()),
+            backend: Box::new(backend),
+        })
+    }
+}
+
+/// A model on its device.
+pub struct Loaded {
+    /// Computes.
+    pub backend: Box<dyn Backend>,
+    /// How much smaller than in the files the weights are: part of what the model is to peers.
+    pub weights: CpuWeights,
+    /// How prompts are cut; `None` = by tokens alone.
+    pub pace: Option<StepPace>,
+    /// What computes, in words.
+    pub device: String,
+}
+
+/// A device that some keys mean nothing on.
+#[derive(Clone, Copy, Debug)]
+enum NotOn {
+    Cpu,
+    Cuda,
+}
+
+/// Keys that were set and mean nothing there.
+fn without_effect(config: &WorkerConfig, on: NotOn) -> Vec<&'static str> {
+    let (engine, kv) = (EngineSection::default(), KvSection::default());
+    let keys = match on {
+        NotOn::Cpu => vec![(
+            "kv.free_gpu_memory_fraction",
+            config.kv.free_gpu_memory_fraction != kv.free_gpu_memory_fraction,
+        )],
+        NotOn::Cuda => vec![
+            ("engine.threads", config.engine.threads != engine.threads),
+            ("engine.cpu_weights", config.engine.cpu_weights != engine.cpu_weights),
+            ("kv.pool", config.kv.pool != kv.pool),
+        ],
+    };
+    keys.into_iter().filter(|(_, is_set)| *is_set).map(|(key, _)| key).collect()
+}
+
+fn warn_of(config: &WorkerConfig, on: NotOn) {
+    let keys = without_effect(config, on);
+    if !keys.is_empty() {
+        tracing::warn!(keys = keys.join(", "), device = ?on, "keys that have no effect on this device");
+    }
+}
+
+fn cpu_weights(config: &WorkerConfig) -> CpuWeights {
+    config.engine.cpu_weights.parse().expect("the configuration was checked")
+}
+
+/// Blocks that `kv.max_tokens` allows.
+fn most_blocks(config: &WorkerConfig) -> Option<u32> {
+    let tokens = Some(config.kv.max_tokens).filter(|tokens| *tokens > 0);
+    tokens.map(|tokens| (tokens / config.kv.block_tokens).max(1))
+}
+
+/// Tokens of a step: as configured, else `usual`; each sequence of a step has one.
+fn batch_tokens(config: &WorkerConfig, usual: u32) -> u32 {
+    let configured = Some(config.engine.max_batch_tokens).filter(|tokens| *tokens > 0);
+    configured.unwrap_or(usual).max(config.engine.max_sequences)
+}
+
+fn cuda_options(config: &WorkerConfig, max_len: u32) -> CudaOptions {
+    let fraction = config.kv.free_gpu_memory_fraction;
+    CudaOptions {
+        max_sequences: config.engine.max_sequences,
+        max_batch_tokens: batch_tokens(config, CUDA_TOKENS),
+        // The first steps are a sequence too.
+        max_len: max_len.max(warm_up::LONGEST + 1),
+        pool: match most_blocks(config) {
+            None => PoolSize::Fraction(fraction),
+            Some(blocks) => PoolSize::AtMost { blocks, fraction },
+        },
+        block_tokens: config.kv.block_tokens,
+        graphs: true,
+    }
+}
+
+fn cpu_options(config: &WorkerConfig, spec: &ModelSpec) -> Result<CpuOptions> {
+    let block_tokens = config.kv.block_tokens;
+    let vectors = u64::from(spec.layers) * u64::from(spec.kv_heads) * 2 * u64::from(block_tokens);
+    let block_bytes = vectors * u64::from(spec.head_dim) * KvDtype::Bf16.bytes();
+    let pool = config.kv.pool;
+    let blocks = u32::try_from(pool.get() / block_bytes).unwrap_or(u32::MAX);
+    ensure!(
+        blocks > 0,
+        "`kv.pool` = `{pool}` is too small: one block of this model has {block_bytes} bytes"
+    );
+    Ok(CpuOptions {
+        threads: match config.engine.threads {
+            0 => os::cores_available().get(),
+            threads => threads as usize,
+        },
+        max_sequences: config.engine.max_sequences,
+        max_batch_tokens: batch_tokens(config, MOST_CPU_TOKENS),
+        blocks: most_blocks(config).map_or(blocks, |most| most.min(blocks)),
+        block_tokens,
+        simd: Simd::Auto,
+    })
+}
+
+/// A long prompt keeps nobody's next token waiting for longer than some 75 ms: 50 to 100 ms are the aim.
+fn step_pace(spec: &ModelSpec, threads: usize) -> StepPace {
+    const TARGET: Duration = Duration::from_millis(75);
+    /// Additions and multiplications one thread does in a second, roughly.
+    const WORK: f64 = 4e10;
+    let (hidden, ffn) = (f64::from(spec.hidden), f64::from(spec.ffn));
+    let attention = 2.0 * f64::from(spec.query_width() + spec.kv_width()) * hidden;
+    let weights = f64::from(spec.layers) * (attention + 3.0 * ffn * hidden);
+    let row = 2.0 * weights / (WORK * threads as f64);
+    StepPace { target: TARGET, row: Duration::from_secs_f64(row) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn none(_: u32) -> Result<Arc<dyn Gpu>, GpuError> {
+        Err(GpuError::Unavailable("the driver is on holiday".to_owned()))
+    }
+
+    fn config(text: &str) -> WorkerConfig {
+        toml::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn devices_are_named_as_in_the_configuration() {
+        assert_eq!("auto".parse(), Ok(Device::Auto));
+        assert_eq!("cpu".parse(), Ok(Device::Cpu));
+        assert_eq!("cuda:0".parse(), Ok(Device::Cuda(0)));
+        assert_eq!("cuda:12".parse(), Ok(Device::Cuda(12)));
+        for name in ["", "gpu", "cuda", "cuda:", "cuda:x", "cuda:+1", "cuda:-1", "cuda:4294967296"]
+        {
+            assert_eq!(name.parse::<Device>(), Err(UnknownDevice), "{name}");
+        }
+    }
+
+    #[test]
+    fn auto_takes_the_cpu_where_there_is_no_gpu_and_a_named_gpu_is_an_error() {
+        assert!(Found::find(Device::Auto, none).unwrap().gpu.is_none());
+        let error = Found::find(Device::Cuda(3), none).unwrap_err();
+        assert_eq!(error.to_string(), "no CUDA device: the driver is on holiday");
+    }
+
+    #[test]
+    fn auto_asks_for_the_first_gpu_and_the_cpu_for_none() {
+        let asked = std::cell::Cell::new(None);
+        let open = |ordinal| {
+            asked.set(Some(ordinal));
+            none(ordinal)
+        };
+        Found::find(Device::Cpu, open).unwrap();
+        assert_eq!(asked.take(), None);
+        Found::find(Device::Auto, open).unwrap();
+        assert_eq!(asked.take(), Some(0));
+        Found::find(Device::Cuda(5), open).unwrap_err();
+        assert_eq!(asked.take(), Some(5));
+    }
+
+    #[test]
+    fn the_pool_of_a_gpu_is_a_share_of_what_is_free_and_max_tokens_bounds_it() {
+        let pool = |text| cuda_options(&config(text), 2048).pool;
+        assert_eq!(pool(""), PoolSize::Fraction(0.9));
+        assert_eq!(pool("[kv]\nfree_gpu_memory_fraction = 0.4"), PoolSize::Fraction(0.4));
+        let bounded = PoolSize::AtMost { blocks: 128, fraction: 0.9 };
+        assert_eq!(pool("[kv]\nmax_tokens = 4096\npool = \"1MiB\""), bounded);
+    }
+
+    #[test]
+    fn a_gpus_step_has_8192_tokens_unless_configured_and_one_for_each_sequence() {
+        let tokens = |text| cuda_options(&config(text), 2048).max_batch_tokens;
+        assert_eq!(tokens(""), 8192);
+        assert_eq!(tokens("[engine]\nmax_batch_tokens = 512"), 512);
+        assert_eq!(tokens("[engine]\nmax_batch_tokens = 8\nmax_sequences = 256"), 256);
+        // The first steps must fit, however short sequences are.
+        assert!(cuda_options(&config(""), 16).max_len > warm_up::LONGEST);
+    }
+
+    #[test]
+    fn keys_of_the_other_device_are_named() {
+        let of = |text, on| without_effect(&config(text), on);
+        assert!(of("", NotOn::Cpu).is_empty() && of("", NotOn::Cuda).is_empty());
+        let all = "[engine]\nthreads = 2\ncpu_weights = \"q8_0\"\n\
+                   [kv]\npool = \"1GiB\"\nfree_gpu_memory_fraction = 0.5";
+        assert_eq!(of(all, NotOn::Cpu), ["kv.free_gpu_memory_fraction"]);
+        assert_eq!(of(all, NotOn::Cuda), ["engine.threads", "engine.cpu_weights", "kv.pool"]);
+    }
+}
