@@ -4,6 +4,8 @@
 //! are graphs, one for each bucket of batch sizes; all others are launched kernel by kernel. A sequence's numbers depend,
 //! within rounding, on how many rows are computed beside it: products of few and of many rows add in different orders.
 
+#[cfg(test)]
+pub mod emulated;
 pub mod flights;
 pub mod forward;
 pub mod inputs;
@@ -367,3 +369,6 @@ fn layout(
     layout.validate()?;
     Ok(layout)
 }
+
+#[cfg(test)]
+mod tests;

@@ -47,7 +47,9 @@ pub fn pool() -> KvRegion {
 
 /// Memory of the first GPU.
 pub fn device_memory(bytes: usize) -> Region {
-    static GPU: LazyLock<Arc<dyn Gpu>> = LazyLock::new(|| driver::open(0, false).unwrap());
+    static GPU: LazyLock<Arc<dyn Gpu>> = LazyLock::new(|| {
+        driver::open(0, driver::Features { blas: false, ..driver::Features::default() }).unwrap()
+    });
     Region::device(Arc::new(PoolMemory::new(&GPU, bytes).unwrap()))
 }
 
