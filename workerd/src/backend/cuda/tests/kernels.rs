@@ -9,7 +9,9 @@ use half::bf16;
 use super::super::emulated::Emulator;
 use super::super::sys::Gpu;
 use super::super::sys::buffer::Buffer;
-use super::super::sys::launch::{Dims, Kernels, Matrix, Mode, PoolLayer, Rows};
+use super::super::sys::launch::{
+    Dims, FEW_ROWS, Format, Kernels, Matrix, Mode, PoolLayer, Rows, Spare,
+};
 use crate::backend::cpu::tests::Random;
 
 const NOBODY: u32 = u32::MAX;
@@ -65,7 +67,26 @@ impl Bench {
 
     fn matrix(&self, floats: &[f32], n: usize) -> Matrix {
         let k = floats.len() / n;
-        Matrix { buffer: self.bf16s(floats), n: n as u32, k: k as u32 }
+        Matrix { buffer: self.bf16s(floats), format: Format::Bf16, n: n as u32, k: k as u32 }
+    }
+
+    /// A random matrix of one byte an element, and what its elements mean for products of `m` rows.
+    fn narrow_matrix(&mut self, m: usize, n: usize, k: usize) -> (Matrix, Vec<f32>) {
+        let codes: Vec<u8> = (0..n * k).map(|_| self.code()).collect();
+        let scales: Vec<f32> = (0..n).map(|_| 0.02 + self.random.normal().abs() * 0.01).collect();
+        let meant = codes.iter().enumerate().map(|(at, code)| {
+            let value = e4m3(*code) * scales[at / k];
+            if m as u32 <= FEW_ROWS { value } else { bf16::from_f32(value).to_f32() }
+        });
+        let meant = meant.collect();
+        let format = Format::F8(self.floats(&scales));
+        (Matrix { buffer: self.buffer(&codes), format, n: n as u32, k: k as u32 }, meant)
+    }
+
+    /// Any e4m3 that is a number.
+    fn code(&mut self) -> u8 {
+        let code = self.random.below(256) as u8;
+        if code & 0x7f == 0x7f { code ^ 1 } else { code }
     }
 
     /// What a launch left in the first `bytes` of a buffer, each of which it wrote once.
@@ -256,6 +277,16 @@ fn norms_are_those_of_the_rows_named() {
     });
 }
 
+/// A sign, four bits of exponent, three of mantissa (Micikevicius et al. 2022).
+fn e4m3(code: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7) / 8.0);
+    let size = match exponent {
+        0 => mantissa * 2.0_f32.powi(-6),
+        exponent => (1.0 + mantissa) * 2.0_f32.powi(exponent - 7),
+    };
+    if code & 0x80 == 0 { size } else { -size }
+}
+
 fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
 }
@@ -276,12 +307,24 @@ fn products(x: &[f32], w: &[f32], k: usize) -> Vec<(f64, f64)> {
 const ADDING: f64 = 1e-6;
 
 fn check_product(bench: &mut Bench, mode: Mode, m: usize, n: usize, k: usize) {
-    let what = format!("{mode:?}, {m} x {n} x {k}");
-    let (x, w) = (bench.numbers(m * k), bench.numbers(n * k));
+    let w = bench.numbers(n * k);
     let matrix = bench.matrix(&w, n);
+    check_product_of(bench, mode, m, &matrix, &w);
+}
+
+fn check_narrow_product(bench: &mut Bench, mode: Mode, m: usize, n: usize, k: usize) {
+    let (matrix, w) = bench.narrow_matrix(m, n, k);
+    check_product_of(bench, mode, m, &matrix, &w);
+}
+
+fn check_product_of(bench: &mut Bench, mode: Mode, m: usize, matrix: &Matrix, w: &[f32]) {
+    let (n, k) = (matrix.n as usize, matrix.k as usize);
+    let what = format!("{mode:?}, {m} x {n} x {k}, {:?}", matrix.format);
+    let x = bench.numbers(m * k);
     let rows = bench.bf16s(&x);
-    let all = products(&x, &w, k);
-    let spare = bench.empty(16);
+    let all = products(&x, w, k);
+    let (gate_up, wide) = (bench.empty(16), bench.empty(n * k * 2));
+    let spare = Spare { gate_up: gate_up.view(), wide: wide.view() };
     let old = bench.numbers(m * n);
     let out = match mode {
         Mode::Bf16 => bench.empty(m * n * 2),
@@ -289,7 +332,7 @@ fn check_product(bench: &mut Bench, mode: Mode, m: usize, n: usize, k: usize) {
         Mode::F32 => bench.empty(m * n * 4),
         Mode::Add => bench.floats(&old),
     };
-    bench.kernels.multiply(mode, &matrix, rows.view(), m as u32, out.view(), spare.view()).unwrap();
+    bench.kernels.multiply(mode, matrix, rows.view(), m as u32, out.view(), spare).unwrap();
     match mode {
         Mode::Bf16 => {
             let got = bench.written_bf16s(&out, m * n);
@@ -360,6 +403,39 @@ fn products_of_many_rows_are_sums_of_products() {
 }
 
 #[test]
+fn weights_of_one_byte_are_multiplied_by_the_scale_of_their_row() {
+    both_orders(|mut bench| {
+        for mode in [Mode::Bf16, Mode::Add, Mode::F32, Mode::Swiglu] {
+            for (m, n, k) in [(1, 48, 64), (1, 16, 2112), (5, 80, 128), (13, 48, 1088)] {
+                check_narrow_product(&mut bench, mode, m, n, k);
+            }
+            for (m, n, k) in [(17, 64, 32), (130, 144, 96), (20, 16, 64)] {
+                check_narrow_product(&mut bench, mode, m, n, k);
+            }
+        }
+        check_narrow_product(&mut bench, Mode::F32, 7, 34, 64);
+    });
+}
+
+#[test]
+fn every_number_of_one_byte_becomes_the_same_number_of_two() {
+    both_orders(|bench| {
+        let codes: Vec<u8> = (0..=255).filter(|code| code & 0x7f != 0x7f).chain([0, 0]).collect();
+        let buffer = bench.buffer(&codes);
+        let format = Format::F8(bench.floats(&[1.0, 1.0]));
+        let (x, out) = (bench.bf16s(&[0.0; 17 * 128]), bench.empty(17 * 8));
+        let matrix = Matrix { buffer, format, n: 2, k: 128 };
+        let wide = bench.empty(512);
+        let spare = Spare { gate_up: wide.view(), wide: wide.view() };
+        bench.kernels.multiply(Mode::F32, &matrix, x.view(), 17, out.view(), spare).unwrap();
+        let mut read = vec![0; 512];
+        wide.read(0, &mut read).unwrap();
+        let wanted: Vec<f64> = codes.iter().map(|code| f64::from(e4m3(*code))).collect();
+        assert_eq!(bf16s_of(&read), wanted);
+    });
+}
+
+#[test]
 fn where_the_vendors_library_multiplies_gates_and_ups_become_activations_afterwards() {
     for backward in [false, true] {
         let mut bench = Bench::with(backward, true);
@@ -371,7 +447,14 @@ fn where_the_vendors_library_multiplies_gates_and_ups_become_activations_afterwa
             let (rows, count) = (rows.view(), m as u32);
             bench
                 .kernels
-                .multiply(Mode::Swiglu, &matrix, rows, count, out.view(), spare.view())
+                .multiply(
+                    Mode::Swiglu,
+                    &matrix,
+                    rows,
+                    count,
+                    out.view(),
+                    Spare { gate_up: spare.view(), wide: spare.view() },
+                )
                 .unwrap();
             let got = bench.written_bf16s(&out, m * ffn);
             let all = products(&x, &w, k);
