@@ -7,6 +7,7 @@ mod agreement;
 mod models;
 mod reference;
 mod speed;
+mod steps;
 mod transfer;
 mod workers;
 
@@ -156,7 +157,7 @@ fn check(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
         }
     }
     if wants("steps") {
-        steps(options, gpu)?;
+        time_steps(options, gpu)?;
         match reference::speed() {
             Ok(Some(report)) => print!("transformers' own generation, seconds: {report}"),
             Ok(None) => println!("skipped: transformers' speed (python3 lacks a package)"),
@@ -265,9 +266,9 @@ fn report(name: &str, difference: Result<agreement::Difference>) -> usize {
     }
 }
 
-fn steps(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<()> {
+fn time_steps(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<()> {
     println!("8B shape, bf16, random weights:");
-    let mut steps = speed::Steps::new(gpu, 32, options.sequences, 2048)?;
+    let mut steps = steps::Steps::new(gpu, 32, options.sequences, 2048)?;
     for batch in [1, 8, 64, 256].into_iter().filter(|batch| *batch <= options.sequences) {
         let seconds = steps.decode(batch, 60)?;
         let bytes = 15.01e9 + f64::from(batch) * 2048.0 * 131_072.0;

@@ -74,8 +74,11 @@ fn name_type(config: &Path, name: &str) -> Result<()> {
     Ok(std::fs::write(config, values.to_string())?)
 }
 
-/// Name and difference for each model; `None` where there is no reference.
-pub fn numbers(gpu: &Arc<dyn Gpu>) -> Result<Option<Vec<(String, Result<Difference>)>>> {
+/// A model's name, and how far it is from the reference.
+type Compared = (String, Result<Difference>);
+
+/// For each model; `None` where there is no reference.
+pub fn numbers(gpu: &Arc<dyn Gpu>) -> Result<Option<Vec<Compared>>> {
     let folder = tempfile::tempdir()?;
     let prompts: Vec<Vec<u32>> = [1, 17, 32, 90, 300]
         .iter()

@@ -134,7 +134,7 @@ async fn crowd(router: &Client, alone: &Client, prompts: &[Vec<u64>]) -> Result<
     }
     let mut crowd = tokio::task::JoinSet::new();
     for number in 0..CROWD {
-        let (router, which) = (router.clone(), number % prompts.len());
+        let (router, which) = (*router, number % prompts.len());
         let body = request(&prompts[which]);
         crowd.spawn(async move {
             Ok::<_, anyhow::Error>((which, router.post(PATH, &body).await?.ok()?))

@@ -9,9 +9,8 @@ use baton_shared::kv::layout::KvLayout;
 
 use super::inputs::Places;
 use super::sys::buffer::{Buffer, View};
-use super::sys::launch::{
-    CHOSEN_BYTES, Dims, Kernels, MOST_SPLITS, Mode, PoolLayer, Rows, SLOT_BYTES, Spare,
-};
+use super::sys::launch::{CHOSEN_BYTES, Dims, Kernels, MOST_SPLITS, PoolLayer, Rows, SLOT_BYTES};
+use super::sys::products::{Mode, Spare};
 use super::sys::{Gpu, GpuError};
 use super::weights::Weights;
 

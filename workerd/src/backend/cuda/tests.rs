@@ -1,9 +1,11 @@
 //! The whole back end on an emulated device: the numbers are the CPU back end's, within what bf16 activations round away,
 //! however a sequence is computed.
 
+mod attention;
 mod faults;
 mod kernels;
 mod model;
+mod products;
 mod sampler;
 
 use std::collections::BTreeMap;

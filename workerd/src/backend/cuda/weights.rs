@@ -7,7 +7,8 @@ use half::bf16;
 
 use super::CudaError;
 use super::sys::buffer::Buffer;
-use super::sys::launch::{Dims, Format, Matrix};
+use super::sys::launch::Dims;
+use super::sys::products::{Format, Matrix};
 use super::sys::{Gpu, GpuError};
 use crate::backend::cpu::check;
 use crate::model::{ModelSpec, Source, Weight, WeightType, dequantize, parallel};
