@@ -100,7 +100,7 @@ impl Found {
                 memory = facts.memory,
                 driver_cuda = format!("{}.{}", facts.driver / 1000, facts.driver % 1000 / 10),
                 cublaslt = gpu.as_ref().is_some_and(|gpu| gpu.has_blas()),
-                "a GPU computes"
+                "a GPU was found"
             );
         }
         Ok(Self { gpu, is_auto: device == Device::Auto })
