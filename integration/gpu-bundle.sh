@@ -5,18 +5,20 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 bundle=$root/target/gpu-bundle
 rm -rf "$bundle"
-mkdir -p "$bundle/bin"
+mkdir -p "$bundle/packed"
 for program in gpu-check baton-workerd baton-router; do
-    strip -o "$bundle/bin/$program" "$root/target/release/$program"
+    strip -o "$bundle/packed/$program" "$root/target/release/$program"
 done
-tar -C "$root/.deps/nixl/" -cJf "$bundle/nixl.tar.xz" .
+cp -r "$root/.deps/nixl/" "$bundle/packed/nixl"
+tar -C "$bundle/packed" -cJf "$bundle/packed.tar.xz" .
+rm -r "$bundle/packed"
 cat >"$bundle/gpu-check" <<'EOF'
 #!/bin/sh
 # Checks the CUDA back end on this machine; --help says how. Exit code 0 all right, 1 something is wrong, 3 no GPU.
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir "$work/nixl" && tar -C "$work/nixl" -xJf "$here/nixl.tar.xz"
+tar -C "$work" -xJf "$here/packed.tar.xz"
 export NIXL_PREFIX="$work/nixl"
 # cuBLASLt, where a CUDA toolkit or PyTorch brought it.
 for file in /usr/local/cuda*/lib64/libcublasLt.so.1[23] /usr/local/cuda*/targets/*/lib/libcublasLt.so.1[23] \
@@ -26,7 +28,7 @@ for file in /usr/local/cuda*/lib64/libcublasLt.so.1[23] /usr/local/cuda*/targets
         break
     fi
 done
-"$here/bin/gpu-check" "$@"
+"$work/gpu-check" "$@"
 EOF
 chmod +x "$bundle/gpu-check"
 size=$(du -sm "$bundle" | cut -f1)

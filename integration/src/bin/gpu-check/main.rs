@@ -157,7 +157,8 @@ fn check(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
         }
     }
     if wants("steps") {
-        time_steps(options, gpu)?;
+        time_steps(options, gpu, false)?;
+        time_steps(options, gpu, true)?;
         match reference::speed() {
             Ok(Some(report)) => print!("transformers' own generation, seconds: {report}"),
             Ok(None) => println!("skipped: transformers' speed (python3 lacks a package)"),
@@ -266,14 +267,15 @@ fn report(name: &str, difference: Result<agreement::Difference>) -> usize {
     }
 }
 
-fn time_steps(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<()> {
-    println!("8B shape, bf16, random weights:");
-    let mut steps = steps::Steps::new(gpu, 32, options.sequences, 2048)?;
+fn time_steps(options: &Options, gpu: &Arc<dyn Gpu>, is_narrow: bool) -> Result<()> {
+    let (name, weights) = if is_narrow { ("FP8", 8.03e9) } else { ("bf16", 15.01e9) };
+    println!("8B shape, {name}, random weights:");
+    let mut steps = steps::Steps::new(gpu, is_narrow, options.sequences, 2048)?;
     for batch in [1, 8, 64, 256].into_iter().filter(|batch| *batch <= options.sequences) {
         let seconds = steps.decode(batch, 60)?;
-        let bytes = 15.01e9 + f64::from(batch) * 2048.0 * 131_072.0;
+        let bytes = weights + f64::from(batch) * 2048.0 * 131_072.0;
         println!(
-            "decode B={batch:<3} 2k  {:7.3} ms a step, {:7.0} tok/s, {:5.2} TB/s",
+            "{name} decode B={batch:<3} 2k  {:7.3} ms a step, {:7.0} tok/s, {:5.2} TB/s",
             seconds * 1e3,
             f64::from(batch) / seconds,
             bytes / seconds / 1e12
@@ -284,7 +286,7 @@ fn time_steps(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<()> {
         let n = f64::from(tokens);
         let work = 2.0 * 6.98e9 * n + 32.0 * 2.0 * 4096.0 * n * n;
         println!(
-            "prefill {tokens}  {:7.1} ms, {:6.1} TFLOP/s",
+            "{name} prefill {tokens}  {:7.1} ms, {:6.1} TFLOP/s",
             seconds * 1e3,
             work / seconds / 1e12
         );

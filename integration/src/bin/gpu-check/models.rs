@@ -22,16 +22,19 @@ pub struct Small {
     pub widths: (u32, u32),
     /// Ids.
     pub vocab: u32,
+    /// Whether its blocks' matrices are FP8.
+    pub is_narrow: bool,
 }
 
 /// One of each kind; heads of all widths, groups of 1 to 7.
-pub const SMALL: [Small; 5] = [
+pub const SMALL: [Small; 6] = [
     Small {
         name: "llama, heads 9/3 of 64",
         architecture: Architecture::Llama,
         heads: (9, 3, 64),
         widths: (576, 1536),
         vocab: 1000,
+        is_narrow: false,
     },
     Small {
         name: "llama, heads 8/2 of 128",
@@ -39,6 +42,7 @@ pub const SMALL: [Small; 5] = [
         heads: (8, 2, 128),
         widths: (512, 1024),
         vocab: 4098,
+        is_narrow: false,
     },
     Small {
         name: "qwen2, heads 14/2 of 64",
@@ -46,6 +50,7 @@ pub const SMALL: [Small; 5] = [
         heads: (14, 2, 64),
         widths: (896, 1216),
         vocab: 770,
+        is_narrow: false,
     },
     Small {
         name: "qwen3, heads 8/4 of 128",
@@ -53,6 +58,15 @@ pub const SMALL: [Small; 5] = [
         heads: (8, 4, 128),
         widths: (512, 768),
         vocab: 2048,
+        is_narrow: false,
+    },
+    Small {
+        name: "llama, FP8, heads 8/2 of 64",
+        architecture: Architecture::Llama,
+        heads: (8, 2, 64),
+        widths: (512, 1088),
+        vocab: 1500,
+        is_narrow: true,
     },
     Small {
         name: "llama, heads 4/4 of 32",
@@ -60,6 +74,7 @@ pub const SMALL: [Small; 5] = [
         heads: (4, 4, 32),
         widths: (64, 96),
         vocab: 100,
+        is_narrow: false,
     },
 ];
 
@@ -82,11 +97,24 @@ pub fn matrix(random: &mut StdRng, rows: u32, cols: u32, gain: f32) -> Weight {
     Weight { dtype: WeightType::Bf16, rows, cols, bytes, scales }
 }
 
+/// The same, of FP8 with a scale for each row.
+pub fn narrow_matrix(random: &mut StdRng, rows: u32, cols: u32, gain: f32) -> Weight {
+    let (rows, cols) = (rows as usize, cols as usize);
+    // Signs and mantissas at random, exponents of -1 and 0: 1.2 as a root of the mean square.
+    let code = |bits: u8| (bits & 0x87) | (6 + (bits >> 3 & 1)) << 3;
+    let bytes = (0..rows * cols).map(|_| code(random.random())).collect();
+    let scale = gain / (cols as f32).sqrt() / 1.2;
+    let scales = (0..rows).map(|_| scale * (0.9 + 0.2 * random.random::<f32>())).collect();
+    let scales = Scales::Rows(Arc::new(scales));
+    Weight { dtype: WeightType::F8E4M3, rows, cols, bytes: Arc::new(bytes), scales }
+}
+
 fn norm(random: &mut StdRng, len: u32) -> Vec<f32> {
     (0..len).map(|_| 0.8 + 0.4 * random.random::<f32>()).collect()
 }
 
-fn layer(random: &mut StdRng, spec: &ModelSpec) -> Layer {
+fn layer(random: &mut StdRng, spec: &ModelSpec, is_narrow: bool) -> Layer {
+    let matrix = if is_narrow { narrow_matrix } else { matrix };
     let (queries, keys, hidden) = (spec.query_width(), spec.kv_width(), spec.hidden);
     let has_bias = spec.architecture == Architecture::Qwen2;
     let has_norms = spec.architecture == Architecture::Qwen3;
@@ -137,7 +165,7 @@ impl Small {
                 spec.hidden,
                 if is_tied { 3.0 } else { (spec.hidden as f32).sqrt() },
             ),
-            layers: (0..spec.layers).map(|_| layer(random, &spec)).collect(),
+            layers: (0..spec.layers).map(|_| layer(random, &spec, self.is_narrow)).collect(),
             final_norm: norm(random, spec.hidden),
             head: (!is_tied).then(|| matrix(random, spec.vocab, spec.hidden, 3.0)),
             content_hash: [0; 32],
@@ -154,8 +182,8 @@ pub struct Large {
 }
 
 impl Large {
-    /// With so many blocks (32 are the model's).
-    pub fn llama_8b(layers: u32) -> Self {
+    /// With so many blocks (32 are the model's), whose matrices are FP8 or bf16.
+    pub fn llama_8b(layers: u32, is_narrow: bool) -> Self {
         let spec = ModelSpec {
             architecture: Architecture::Llama,
             layers,
@@ -174,7 +202,7 @@ impl Large {
         };
         let random = &mut StdRng::seed_from_u64(1);
         Self {
-            layer: layer(random, &spec),
+            layer: layer(random, &spec, is_narrow),
             ends: matrix(random, spec.vocab, spec.hidden, 1.0),
             spec,
         }

@@ -22,7 +22,7 @@ pub struct Steps {
 }
 
 impl Steps {
-    pub fn new(gpu: &Arc<dyn Gpu>, layers: u32, sequences: u32, context: u32) -> Result<Self> {
+    pub fn new(gpu: &Arc<dyn Gpu>, is_narrow: bool, sequences: u32, context: u32) -> Result<Self> {
         let blocks = sequences * (context / 32 + 4);
         let options = CudaOptions {
             max_sequences: sequences,
@@ -33,7 +33,7 @@ impl Steps {
             graphs: true,
         };
         let begun = Instant::now();
-        let mut model = Large::llama_8b(layers);
+        let mut model = Large::llama_8b(32, is_narrow);
         println!("  weights made in {:.1} s", begun.elapsed().as_secs_f64());
         let begun = Instant::now();
         let backend = CudaBackend::load(gpu, &mut model, &options).context("loading")?;

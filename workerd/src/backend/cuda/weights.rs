@@ -1,5 +1,5 @@
-//! A model's weights in device memory: bf16, whatever they are stored as; queries, keys and values in one matrix, gates
-//! and ups in one, 8 rows of either in turn (see `kernels/skinny.cu`).
+//! A model's weights in device memory: FP8 as it is stored, all else as bf16; queries, keys and values in one matrix,
+//! gates and ups in one, 8 rows of either in turn (see `kernels/skinny.cu`).
 
 use std::sync::Arc;
 
@@ -11,8 +11,10 @@ use super::sys::launch::Dims;
 use super::sys::products::{Format, Matrix};
 use super::sys::{Gpu, GpuError};
 use crate::backend::cpu::check;
-use crate::model::{ModelSpec, Source, Weight, WeightType, dequantize, parallel};
+use crate::model::{ModelSpec, Scales, Source, Weight, WeightType, dequantize, parallel};
 
+/// Columns that kernels take of weights of one byte at a time.
+const NARROW_SLICE: usize = 64;
 /// Rows of gates, then of ups, that take turns.
 const TURN: usize = 8;
 /// Head widths that attention kernels are there for.
@@ -101,7 +103,7 @@ impl Weights {
                 vocab: spec.vocab,
                 epsilon: spec.rms_eps,
             },
-            embedding: matrix(gpu, &[&embedding])?,
+            embedding: wide_matrix(gpu, &embedding)?,
             head: head.map(|head| matrix(gpu, &[&head])).transpose()?,
             final_norm: floats(gpu, &final_norm)?,
             blocks: Vec::new(),
@@ -140,6 +142,13 @@ impl Weights {
     }
 }
 
+/// A matrix that rows are looked up in.
+fn wide_matrix(gpu: &Arc<dyn Gpu>, weight: &Weight) -> Result<Matrix, GpuError> {
+    let buffer = Buffer::with(gpu, "weights", &as_bf16(weight))?;
+    let (n, k) = (weight.rows as u32, weight.cols as u32);
+    Ok(Matrix { buffer, format: Format::Bf16, n, k })
+}
+
 fn floats(gpu: &Arc<dyn Gpu>, values: &[f32]) -> Result<Buffer, GpuError> {
     let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     Buffer::with(gpu, "weights", &bytes)
@@ -147,21 +156,26 @@ fn floats(gpu: &Arc<dyn Gpu>, values: &[f32]) -> Result<Buffer, GpuError> {
 
 /// Matrices of equal width, one below the other.
 fn matrix(gpu: &Arc<dyn Gpu>, parts: &[&Weight]) -> Result<Matrix, GpuError> {
+    let format = format(gpu, parts, |scales| scales.concat())?;
     let (k, n) = (parts[0].cols, parts.iter().map(|part| part.rows).sum::<usize>());
-    let buffer = Buffer::new(gpu, "weights", n * k * 2)?;
+    let buffer = Buffer::new(gpu, "weights", n * k * element_bytes(&format))?;
     let mut offset = 0;
     for part in parts {
-        let bytes = as_bf16(part);
+        let bytes = as_kept(part, &format);
         buffer.write(offset, &bytes)?;
         offset += bytes.len();
     }
-    Ok(Matrix { buffer, format: Format::Bf16, n: n as u32, k: k as u32 })
+    Ok(Matrix { buffer, format, n: n as u32, k: k as u32 })
 }
 
 /// Two matrices of equal shape, [`TURN`] rows of either in turn.
 fn in_turn(gpu: &Arc<dyn Gpu>, gate: &Weight, up: &Weight) -> Result<Matrix, GpuError> {
-    let (gates, ups) = (as_bf16(gate), as_bf16(up));
-    let turn = TURN * gate.cols * 2;
+    let format = format(gpu, &[gate, up], |scales| {
+        let turns = scales[0].chunks(TURN).zip(scales[1].chunks(TURN));
+        turns.flat_map(|(gates, ups)| [gates, ups].concat()).collect()
+    })?;
+    let (gates, ups) = (as_kept(gate, &format), as_kept(up, &format));
+    let turn = TURN * gate.cols * element_bytes(&format);
     let mut both = vec![0; 2 * gates.len()];
     parallel::each_row(&mut both, 2 * turn, |number, out| {
         let (left, right) = out.split_at_mut(turn);
@@ -169,7 +183,45 @@ fn in_turn(gpu: &Arc<dyn Gpu>, gate: &Weight, up: &Weight) -> Result<Matrix, Gpu
         right.copy_from_slice(&ups[number * turn..][..turn]);
     });
     let buffer = Buffer::with(gpu, "weights", &both)?;
-    Ok(Matrix { buffer, format: Format::Bf16, n: 2 * gate.rows as u32, k: gate.cols as u32 })
+    Ok(Matrix { buffer, format, n: 2 * gate.rows as u32, k: gate.cols as u32 })
+}
+
+/// One byte where all parts have it and rows are whole slices of the kernels', with a scale for each row in the order of
+/// rows that `arrange` makes of the parts'; else bf16.
+fn format(
+    gpu: &Arc<dyn Gpu>,
+    parts: &[&Weight],
+    arrange: impl Fn(&[Vec<f32>]) -> Vec<f32>,
+) -> Result<Format, GpuError> {
+    let is_narrow =
+        |part: &&Weight| part.dtype == WeightType::F8E4M3 && part.cols.is_multiple_of(NARROW_SLICE);
+    if !parts.iter().all(is_narrow) {
+        return Ok(Format::Bf16);
+    }
+    let scales: Vec<Vec<f32>> = parts
+        .iter()
+        .map(|part| match &part.scales {
+            Scales::One => vec![1.0; part.rows],
+            Scales::Tensor(scale) => vec![*scale; part.rows],
+            Scales::Rows(scales) => scales.to_vec(),
+        })
+        .collect();
+    Ok(Format::F8(floats(gpu, &arrange(&scales))?))
+}
+
+fn element_bytes(format: &Format) -> usize {
+    match format {
+        Format::Bf16 => 2,
+        Format::F8(_) => 1,
+    }
+}
+
+/// Row-major, as the device keeps it.
+fn as_kept(weight: &Weight, format: &Format) -> Arc<Vec<u8>> {
+    match format {
+        Format::Bf16 => as_bf16(weight),
+        Format::F8(_) => Arc::clone(&weight.bytes),
+    }
 }
 
 /// Row-major bf16, rounded to nearest even.
