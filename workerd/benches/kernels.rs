@@ -14,7 +14,7 @@ use baton_workerd::backend::cpu::arena::Arena;
 use baton_workerd::backend::cpu::kernels::{Kernels, QUANT, QuantBlock, ROWS, TOKENS, Tile};
 use baton_workerd::backend::cpu::kernels::{scalar, wants_quantised};
 use baton_workerd::backend::cpu::repack::Panels;
-use baton_workerd::model::{Weight, WeightType};
+use baton_workerd::model::{Scales, Weight, WeightType};
 use rustix::time::{ClockId, clock_gettime};
 
 /// Inputs of the weights.
@@ -101,7 +101,7 @@ fn panels(dtype: WeightType, bytes: usize) -> Panels {
     let rows = bytes / row / (ROWS * RUN) * (ROWS * RUN);
     // 0x11 in all places makes small numbers of every type.
     let bytes = vec![0x11; rows * row].into();
-    let weight = Weight { dtype, rows, cols: COLUMNS, bytes };
+    let weight = Weight { dtype, rows, cols: COLUMNS, bytes, scales: Scales::One };
     Panels::new(&weight, &mut Arena::default()).expect("there is memory")
 }
 

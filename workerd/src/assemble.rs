@@ -20,6 +20,7 @@ use crate::backend::warm_up;
 use crate::config::{Secret, WorkerConfig};
 use crate::device::{Found, Loaded};
 use crate::engine::{EngineConfig, EngineHandle, Parts, StepPace, engine};
+use crate::gpu_usage;
 use crate::handover::PeerAddress;
 use crate::handover::mover::{Mover, MoverHandle, MoverRegions, MoverSettings, OpenTransport};
 use crate::handover::nixl::{AgentRole, NixlLibrary, NixlSettings, NixlTransport, agent_name};
@@ -65,7 +66,7 @@ pub fn assemble(
     let spec = files.spec().clone();
     let texts = ModelTexts::open(path, files.header(), &spec)
         .with_context(|| format!("the tokenizer of `{}`", path.display()))?;
-    let Loaded { mut backend, weights, pace, device } =
+    let Loaded { mut backend, weights, pace, device, gpu } =
         device.load(config, &mut files, max_len(config, &spec))?;
     let fingerprint = fingerprint_of(config, weights, &files, &texts)?;
     drop(files);
@@ -75,6 +76,9 @@ pub fn assemble(
     let id: WorkerId = address.to_string().parse()?;
     let limits = limits(config, &spec, backend.pool());
     let metrics = Arc::new(Metrics::new(config.role));
+    if let Some(ordinal) = gpu {
+        gpu_usage::watch(ordinal, &metrics);
+    }
     let (handle, seat) = engine(engine_config(config, &limits, pace));
     let epochs = EpochPage::new(backend.pool().layout.blocks as usize)?;
     let settings = MoverSettings {

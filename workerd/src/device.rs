@@ -100,7 +100,7 @@ impl Found {
                 memory = facts.memory,
                 driver_cuda = format!("{}.{}", facts.driver / 1000, facts.driver % 1000 / 10),
                 cublaslt = gpu.as_ref().is_some_and(|gpu| gpu.has_blas()),
-                "a GPU computes"
+                "a GPU was found"
             );
         }
         Ok(Self { gpu, is_auto: device == Device::Auto })
@@ -125,12 +125,13 @@ impl Found {
                         weights: CpuWeights::AsIs,
                         pace: None,
                         device: format!("cuda:{}", gpu.facts().ordinal),
+                        gpu: Some(gpu.facts().ordinal),
                     });
                 }
-                Err(error @ CudaError::Model(_)) if self.is_auto => {
-                    tracing::warn!(reason = %error, "device `auto`: the CPU computes");
+                Err(error) => {
+                    let reason = reason_for_the_cpu(error, self.is_auto)?;
+                    tracing::warn!(reason, "device `auto`: the CPU computes");
                 }
-                Err(error) => return Err(error.into()),
             }
         }
         warn_of(config, NotOn::Cpu);
@@ -142,6 +143,7 @@ impl Found {
             weights,
             pace: Some(step_pace(files.spec(), threads)),
             device: format!("cpu ({})", backend.simd()),
+            gpu: None,
             backend: Box::new(backend),
         })
     }
@@ -157,6 +159,19 @@ pub struct Loaded {
     pub pace: Option<StepPace>,
     /// What computes, in words.
     pub device: String,
+    /// Which GPU of the visible ones, if one does.
+    pub gpu: Option<u32>,
+}
+
+/// Why the CPU computes what a GPU could not load.
+///
+/// # Errors
+/// What the CPU is no answer to.
+fn reason_for_the_cpu(error: CudaError, is_auto: bool) -> Result<String, CudaError> {
+    match error {
+        CudaError::Model(_) if is_auto => Ok(error.to_string()),
+        error => Err(error),
+    }
 }
 
 /// A device that some keys mean nothing on.
@@ -320,6 +335,19 @@ mod tests {
         assert_eq!(tokens("[engine]\nmax_batch_tokens = 8\nmax_sequences = 256"), 256);
         // The first steps must fit, however short sequences are.
         assert!(cuda_options(&config(""), 16).max_len > warm_up::LONGEST);
+    }
+
+    #[test]
+    fn only_auto_leaves_a_model_that_the_kernels_cannot_run_to_the_cpu() {
+        let model = || CudaError::Model("`head_dim` is 96".to_owned());
+        let full = || GpuError::OutOfMemory { what: "x".to_owned(), bytes: 9, free: 5, total: 8 };
+        let reason = reason_for_the_cpu(model(), true).unwrap();
+        assert_eq!(reason, "the cuda back end cannot run this model: `head_dim` is 96");
+        reason_for_the_cpu(model(), false).unwrap_err();
+        let error = reason_for_the_cpu(full().into(), true).unwrap_err();
+        // As `main` prints it: once.
+        let said = format!("{:#}", anyhow::Error::from(error));
+        assert_eq!(said, "out of device memory: x needs 9 bytes, 5 of 8 are free");
     }
 
     #[test]

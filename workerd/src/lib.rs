@@ -12,6 +12,7 @@ pub mod config;
 pub mod device;
 pub mod engine;
 pub mod failpoint;
+pub mod gpu_usage;
 pub mod handover;
 pub mod kv;
 pub mod metrics;

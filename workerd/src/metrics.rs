@@ -10,6 +10,7 @@ use baton_shared::telemetry::BUILD;
 use metrics::{Counter, Gauge, Histogram, Key, Label, Level, Metadata, Recorder};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusRecorder};
 
+use crate::backend::cuda::sys::nvml::Usage;
 use crate::engine::status::EngineStatus;
 use crate::handover::MoverEvent;
 use crate::handover::mover::MoverFigures;
@@ -39,6 +40,9 @@ const TOMBSTONES: &str = "baton_worker_tombstones";
 const CACHED: &str = "baton_worker_prefix_cache_blocks";
 const EVICTED: &str = "baton_worker_prefix_cache_evictions_total";
 const EVENTS_DROPPED: &str = "baton_worker_kv_events_dropped_total";
+const GPU_USED: &str = "baton_worker_gpu_memory_used_bytes";
+const GPU_TOTAL: &str = "baton_worker_gpu_memory_total_bytes";
+const GPU_BUSY: &str = "baton_worker_gpu_utilization_ratio";
 const INFO: &str = "baton_worker_info";
 
 const COUNTERS: [(&str, &str); 14] = [
@@ -67,7 +71,7 @@ const COUNTERS: [(&str, &str); 14] = [
     (HANDOVER_REBUILDS, "Times the moving agent was rebuilt because transfers did not end."),
 ];
 
-const GAUGES: [(&str, &str); 9] = [
+const GAUGES: [(&str, &str); 12] = [
     (RUNNING, "Requests that are being computed."),
     (WAITING, "Requests that wait for blocks or a slot."),
     (PULLING, "Requests whose blocks are being fetched."),
@@ -76,6 +80,12 @@ const GAUGES: [(&str, &str); 9] = [
     (LEASES, "Leases held for a reader."),
     (TOMBSTONES, "Requests remembered because they were released; the oldest are forgotten."),
     (HEARTBEAT_SECONDS, "Time since the engine thread last showed itself."),
+    (
+        GPU_USED,
+        "Memory of the GPU that is used, by all processes; not a number once it cannot be told.",
+    ),
+    (GPU_TOTAL, "Memory of the GPU."),
+    (GPU_BUSY, "Share of the last moments in which the GPU ran a kernel, of any process."),
     (INFO, "Constant 1; the labels say what runs."),
 ];
 
@@ -161,6 +171,23 @@ impl Metrics {
             | MoverEvent::Settled { .. }
             | MoverEvent::LeaseRead(_)
             | MoverEvent::Lost => {}
+        }
+    }
+
+    /// What is used of a GPU; `None` where it cannot be told any more.
+    pub fn gpu(&self, ordinal: u32, usage: Option<&Usage>) {
+        let device = format!("cuda:{ordinal}");
+        let set = |name, value: f64| {
+            let key = Key::from_parts(name, vec![Label::new("device", device.clone())]);
+            self.recorder.register_gauge(&key, &METADATA).set(value);
+        };
+        set(GPU_USED, usage.map_or(f64::NAN, |usage| usage.used as f64));
+        set(GPU_TOTAL, usage.map_or(f64::NAN, |usage| usage.total as f64));
+        match usage.map(|usage| usage.busy) {
+            Some(Some(busy)) => set(GPU_BUSY, busy),
+            // A part of a GPU never had a value.
+            Some(None) => {}
+            None => set(GPU_BUSY, f64::NAN),
         }
     }
 

@@ -154,6 +154,63 @@ async fn nixl_that_is_not_there_is_an_error_that_says_where_it_was_looked_for() 
 }
 
 #[tokio::test]
+async fn a_device_that_cannot_be_is_bad_configuration_and_one_that_is_not_there_a_failure() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str, text: &str| file(folder.path(), name, text);
+    for (name, device) in [("colon.toml", "cuda:"), ("x.toml", "cuda:x"), ("gpu.toml", "gpu")] {
+        let config = at(name, &format!("model = \"x\"\n[engine]\ndevice = \"{device}\"\n"));
+        let place = format!("{name}:3");
+        let words = [place.as_str(), "engine.device", device, "must be `auto`, `cpu` or `cuda:N`"];
+        refuses("baton-workerd", &["--config", &config], 78, &words).await;
+        refuses("baton-workerd", &["x", "--device", device], 78, &words[1..]).await;
+    }
+    for (name, share) in [("none.toml", "0"), ("much.toml", "1.5")] {
+        let text = format!("model = \"x\"\n[kv]\nfree_gpu_memory_fraction = {share}\n");
+        let (config, place) = (at(name, &text), format!("{name}:3"));
+        let value = format!("`kv.free_gpu_memory_fraction` = `{share}`");
+        let words = [place.as_str(), &value, "above 0 and at most 1"];
+        refuses("baton-workerd", &["--config", &config], 78, &words).await;
+        let flags = ["x", "--free-gpu-memory-fraction", share];
+        refuses("baton-workerd", &flags, 78, &words[1..]).await;
+    }
+    // Whether or not there are GPUs: none is the 4000th, and hidden ones are none.
+    let model = tiny::model(4);
+    let listen = format!("127.0.0.1:{}", free_port().unwrap());
+    let args = [model.path.to_str().unwrap(), "--listen", &listen, "--device", "cuda:4000"];
+    let mut command = Command::new(files::binary("baton-workerd").unwrap());
+    command.args(args).env("CUDA_VISIBLE_DEVICES", "");
+    let output = finished(command).await;
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("no CUDA device"), "{text}");
+    let is_driverless = text.contains("libcuda.so.1 is not on this machine");
+    assert!(is_driverless || text.contains("CUDA_ERROR_NO_DEVICE"), "{text}");
+}
+
+#[tokio::test]
+async fn auto_without_a_gpu_is_the_cpu_and_says_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let port = free_port().unwrap();
+    let listen = format!("127.0.0.1:{port}");
+    let model = tiny::model(4);
+    let model = model.path.to_str().unwrap();
+    let args = [model, "--listen", &listen, "--threads", "1", "--kv-pool", "64MiB"];
+    let mut program = Program::new("baton-workerd", "worker", args);
+    program.env.push(("CUDA_VISIBLE_DEVICES".to_owned(), String::new()));
+    let mut worker = program.spawn(folder.path()).unwrap();
+    let client = Client::new(([127, 0, 0, 1], port).into());
+    ready(&mut worker, client).await;
+    let log = worker.log();
+    for words in ["device `auto`: the CPU computes", "no CUDA device: ", "cpu ("] {
+        assert!(log.contains(words), "`{words}` is not in: {log}");
+    }
+    let metrics = client.get("/prometheus/metrics").await.unwrap();
+    assert_eq!(metrics.status, 200);
+    assert!(!String::from_utf8_lossy(&metrics.body).contains("baton_worker_gpu_"));
+    assert!(worker.terminate(STOP).unwrap().success());
+}
+
+#[tokio::test]
 async fn every_shipped_configuration_passes_the_check() {
     let config = files::top().join("config");
     let path = |name: &str| config.join(name).to_str().unwrap().to_owned();

@@ -1,6 +1,7 @@
 //! Stored rows as f32: what a weight *means*, one element at a time. Kernels are the back ends' business.
 //!
-//! Quantised types as GGUF has them. An element is `scale * (code - offset)` or `scale * code + minimum`; codes are
+//! F8_E4M3 is a number of 8 bits ([`E4M3`]), times a scale of the whole matrix or of its row. Quantised types as GGUF has
+//! them. An element is `scale * (code - offset)` or `scale * code + minimum`; codes are
 //! 4 to 8 bits:
 //!
 //! | type | a block, in bytes |
@@ -39,8 +40,44 @@ pub fn dequantize(weight: &Weight, row: usize) -> Vec<f32> {
         WeightType::Bf16 => {
             bytes.as_chunks::<2>().0.iter().map(|w| bf16::from_le_bytes(*w).to_f32()).collect()
         }
+        WeightType::F8E4M3 => {
+            let scale = weight.scales.of_row(row);
+            bytes.iter().map(|byte| E4M3[usize::from(*byte)] * scale).collect()
+        }
         dtype => (0..weight.cols / GROUP).flat_map(|at| group(dtype, bytes, at)).collect(),
     }
+}
+
+/// Row `row` of a matrix as bf16, nearest even, into `out` (`2 * weight.cols` bytes).
+///
+/// # Panics
+/// As [`dequantize()`].
+pub fn put_bf16(weight: &Weight, row: usize, out: &mut [u8]) {
+    for (out, value) in out.as_chunks_mut::<2>().0.iter_mut().zip(dequantize(weight, row)) {
+        *out = bf16::from_f32(value).to_le_bytes();
+    }
+}
+
+/// What each byte of F8_E4M3 means.
+pub const E4M3: [f32; 256] = {
+    let mut table = [0.0; 256];
+    let mut byte = 0;
+    while byte < table.len() {
+        table[byte] = e4m3(byte as u8);
+        byte += 1;
+    }
+    table
+};
+
+/// Sign, 4 bits of exponent (bias 7), 3 of mantissa. All of these set is no number; there are no infinities.
+const fn e4m3(byte: u8) -> f32 {
+    let (exponent, mantissa) = ((byte >> 3 & 15) as u32, (byte & 7) as u32);
+    let magnitude = match (exponent, mantissa) {
+        (15, 7) => f32::NAN,
+        (0, _) => mantissa as f32 / 512.0,
+        _ => f32::from_bits((exponent + 120) << 23 | mantissa << 20),
+    };
+    if byte & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
 /// Elements `32 * at..` of a quantised row.
@@ -64,7 +101,9 @@ fn group(dtype: WeightType, row: &[u8], at: usize) -> [f32; GROUP] {
             let scale = |i: usize| f32::from(row[start + 192 + at % 8 * 2 + i / 16].cast_signed());
             from_fn(|i| half(start + 208) * scale(i) * (f32::from(codes[i]) - 32.0))
         }
-        WeightType::F32 | WeightType::F16 | WeightType::Bf16 => unreachable!("no codes"),
+        WeightType::F32 | WeightType::F16 | WeightType::Bf16 | WeightType::F8E4M3 => {
+            unreachable!("no codes")
+        }
     }
 }
 
@@ -103,7 +142,9 @@ pub fn codes(dtype: WeightType, row: &[u8], at: usize) -> [u8; GROUP] {
             let high = &row[block + 128 + half * 32..][..32];
             from_fn(|i| low[i] >> (quarter / 2 * 4) & 15 | (high[i] >> (quarter * 2) & 3) << 4)
         }
-        WeightType::F32 | WeightType::F16 | WeightType::Bf16 => panic!("{dtype:?} has no codes"),
+        WeightType::F32 | WeightType::F16 | WeightType::Bf16 | WeightType::F8E4M3 => {
+            panic!("{dtype:?} has no codes")
+        }
     }
 }
 
@@ -122,9 +163,11 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::model::Scales;
 
     fn row(dtype: WeightType, cols: usize, bytes: Vec<u8>) -> Vec<f32> {
-        dequantize(&Weight { dtype, rows: 1, cols, bytes: Arc::new(bytes) }, 0)
+        let scales = Scales::One;
+        dequantize(&Weight { dtype, rows: 1, cols, bytes: Arc::new(bytes), scales }, 0)
     }
 
     fn from_hex(text: &str) -> Vec<u8> {
@@ -151,7 +194,7 @@ mod tests {
             assert_eq!(row(dtype, expected.len(), from_hex(blocks)), expected, "{name}");
             seen.push(dtype);
         }
-        assert_eq!(seen.len(), WeightType::ALL.len() - 3);
+        assert_eq!(seen.len(), WeightType::ALL.len() - 4);
     }
 
     #[test]
@@ -172,6 +215,58 @@ mod tests {
         block.extend((0..32).map(|i| (i as i8 - 16) as u8));
         let expected: Vec<f32> = (0..32).map(|i| (i as f32 - 16.0) * 0.25).collect();
         assert_eq!(row(WeightType::Q8_0, 32, block), expected);
+    }
+
+    #[test]
+    fn each_byte_of_e4m3_means_what_the_format_says() {
+        for (byte, got) in (0..=255_u8).zip(E4M3) {
+            let sign = if byte >= 128 { -1.0 } else { 1.0 };
+            let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f64::from(byte & 7));
+            let expected = match exponent {
+                0 => sign * mantissa / 8.0 * 2_f64.powi(-6),
+                _ => sign * (1.0 + mantissa / 8.0) * 2_f64.powi(exponent - 7),
+            };
+            if byte & 0x7f == 0x7f {
+                assert!(got.is_nan(), "{byte:#x}: {got}");
+            } else {
+                assert_eq!(f64::from(got), expected, "{byte:#x}");
+                assert_eq!(got.is_sign_negative(), byte >= 128, "{byte:#x}");
+            }
+        }
+        assert_eq!(
+            [0x38, 0x7e, 0x01, 0x08].map(|b: usize| E4M3[b]),
+            [1.0, 448.0, 0.001_953_125, 0.015_625]
+        );
+    }
+
+    #[test]
+    fn e4m3_is_scaled_as_a_whole_or_row_by_row() {
+        let weight = |scales| Weight {
+            dtype: WeightType::F8E4M3,
+            rows: 2,
+            cols: 2,
+            bytes: Arc::new(vec![0x38, 0xb8, 0x40, 0x7e]),
+            scales,
+        };
+        let rows = |scales| [0, 1].map(|row| dequantize(&weight(scales), row));
+        assert_eq!(rows(Scales::One), [vec![1.0, -1.0], vec![2.0, 448.0]]);
+        assert_eq!(rows(Scales::Tensor(0.25)), [vec![0.25, -0.25], vec![0.5, 112.0]]);
+        let scales = Scales::Rows(Arc::new(vec![0.5, 3.0]));
+        assert_eq!(rows(scales), [vec![0.5, -0.5], vec![6.0, 1344.0]]);
+    }
+
+    #[test]
+    fn a_row_as_bf16_is_rounded_to_nearest_even() {
+        // 1 + 2^-8 and 1 + 3 * 2^-8 lie between two bf16 numbers each.
+        for (scale, expected) in [(1.003_906_25, 1.0), (1.011_718_75, 1.015_625)] {
+            let bytes = Arc::new(vec![0x38, 0xb8]);
+            let (dtype, scales) = (WeightType::F8E4M3, Scales::Tensor(scale));
+            let weight = Weight { dtype, rows: 1, cols: 2, bytes, scales };
+            let mut row = [0; 4];
+            put_bf16(&weight, 0, &mut row);
+            let got = row.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32());
+            assert_eq!(got.collect::<Vec<_>>(), [expected, -expected]);
+        }
     }
 
     #[test]

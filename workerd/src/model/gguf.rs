@@ -43,11 +43,13 @@ pub fn open(path: &Path) -> Result<(ModelSpec, Tensors, Gguf), ModelError> {
     let index = tensors.add_file(file);
     for info in &header.tensors {
         let dtype = weight_type(info.kind).ok_or_else(|| {
+            let supported = WeightType::ALL.into_iter().filter(|t| *t != WeightType::F8E4M3);
+            let supported: Vec<&str> = supported.map(WeightType::name).collect();
             let rule = format!(
                 "has ggml type {} (`{}`), supported are {}",
                 info.kind,
                 ggml_name(info.kind),
-                WeightType::ALL.map(WeightType::name).join(", ")
+                supported.join(", ")
             );
             ModelError::tensor(path, &info.name, rule)
         })?;

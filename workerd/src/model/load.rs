@@ -319,7 +319,7 @@ fn rope_factors(spec: &mut ModelSpec, factors: Vec<f32>) {
     spec.rope_factors = factors.into_iter().map(|factor| factor * linear).collect();
 }
 
-/// Of each head, rows `0, 2, 4, …` then `1, 3, 5, …`.
+/// Of each head, rows `0, 2, 4, …` then `1, 3, 5, …`. GGUF's weights have no [`super::Scales`].
 fn halves_from_pairs(weight: &Weight, head_dim: usize) -> Weight {
     let n = weight.dtype.row_bytes(weight.cols);
     let mut bytes = Vec::with_capacity(weight.bytes.len());
@@ -336,12 +336,13 @@ fn halves_from_pairs(weight: &Weight, head_dim: usize) -> Weight {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::WeightType;
+    use crate::model::{Scales, WeightType};
 
     #[test]
     fn pairs_become_halves_head_by_head() {
         let bytes = Arc::new((0..16).flat_map(|row| [row, 0, row + 100, 0]).collect());
-        let weight = Weight { dtype: WeightType::F16, rows: 16, cols: 2, bytes };
+        let (dtype, scales) = (WeightType::F16, Scales::One);
+        let weight = Weight { dtype, rows: 16, cols: 2, bytes, scales };
         let got = halves_from_pairs(&weight, 8);
         let rows: Vec<u8> = got.bytes.chunks(4).map(|r| r[0]).collect();
         assert_eq!(rows, [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]);

@@ -62,8 +62,8 @@ pub struct ModelSpec {
     pub eos_ids: Vec<u32>,
 }
 
-/// Element type of stored weights. Quantised types are GGUF's blocks along a row; [`dequantize`](dequantize()) says
-/// what their bytes mean.
+/// Element type of stored weights. Types named Q are GGUF's blocks along a row; [`dequantize`](dequantize()) says what
+/// bytes mean.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum WeightType {
     /// 4 bytes.
@@ -88,6 +88,20 @@ pub enum WeightType {
     Q5K,
     /// 6 bits less 32, an 8-bit scale each 16, a scale of these each 256.
     Q6K,
+    /// 1 byte: sign, 4 bits of exponent, 3 of mantissa, no infinities; times the weight's [`Scales`].
+    F8E4M3,
+}
+
+/// What the elements of a weight are multiplied by, beside what its type itself says.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Scales {
+    /// Nothing.
+    #[default]
+    One,
+    /// All by one number.
+    Tensor(f32),
+    /// Each row by its own; as many as the weight has rows.
+    Rows(Arc<Vec<f32>>),
 }
 
 /// A matrix as stored: `rows` outputs, each of `cols` inputs, row-major.
@@ -101,6 +115,8 @@ pub struct Weight {
     pub cols: usize,
     /// `rows * dtype.row_bytes(cols)` bytes.
     pub bytes: Arc<Vec<u8>>,
+    /// Of the elements; [`Scales::One`] unless the type is [`WeightType::F8E4M3`].
+    pub scales: Scales,
 }
 
 /// One transformer block.
@@ -199,9 +215,23 @@ impl Source for &Model {
     }
 }
 
+impl Scales {
+    /// What the elements of a row are multiplied by.
+    ///
+    /// # Panics
+    /// When there are scales of rows, but none of this one.
+    pub fn of_row(&self, row: usize) -> f32 {
+        match self {
+            Self::One => 1.0,
+            Self::Tensor(scale) => *scale,
+            Self::Rows(scales) => scales[row],
+        }
+    }
+}
+
 impl WeightType {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::F32,
         Self::F16,
         Self::Bf16,
@@ -213,6 +243,7 @@ impl WeightType {
         Self::Q4K,
         Self::Q5K,
         Self::Q6K,
+        Self::F8E4M3,
     ];
 
     /// As formats write it.
@@ -229,6 +260,7 @@ impl WeightType {
             Self::Q4K => "Q4_K",
             Self::Q5K => "Q5_K",
             Self::Q6K => "Q6_K",
+            Self::F8E4M3 => "F8_E4M3",
         }
     }
 
@@ -237,6 +269,7 @@ impl WeightType {
         match self {
             Self::F32 => (1, 4),
             Self::F16 | Self::Bf16 => (1, 2),
+            Self::F8E4M3 => (1, 1),
             Self::Q8_0 => (32, 34),
             Self::Q4_0 => (32, 18),
             Self::Q4_1 => (32, 20),

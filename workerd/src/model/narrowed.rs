@@ -11,7 +11,7 @@ use half::f16;
 use sha2::{Digest, Sha256};
 
 use super::parallel::each_row;
-use super::{Layer, ModelError, ModelSpec, Source, Weight, WeightType, dequantize};
+use super::{Layer, ModelError, ModelSpec, Scales, Source, Weight, WeightType, dequantize};
 
 /// How weights are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -120,9 +120,10 @@ impl<S: Source> Source for Narrowed<'_, S> {
     }
 }
 
-/// Bits of an element in 256ths.
+/// Bits of an element in 256ths, as the CPU keeps it: F8_E4M3 as bf16.
 fn width(dtype: WeightType) -> u64 {
-    let (elements, bytes) = dtype.block();
+    let kept = if dtype == WeightType::F8E4M3 { WeightType::Bf16 } else { dtype };
+    let (elements, bytes) = kept.block();
     bytes * 8 * 256 / elements
 }
 
@@ -160,7 +161,7 @@ fn narrow(
     if !blocks.all(|block| (0..halves).all(|at| finite(2 * at, block))) {
         return refuse("its numbers are too large, or not numbers");
     }
-    Ok(Weight { dtype, rows, cols, bytes: Arc::new(bytes) })
+    Ok(Weight { dtype, rows, cols, bytes: Arc::new(bytes), scales: Scales::One })
 }
 
 fn put_q8_0(numbers: &[f32; 32], to: &mut [u8]) {
@@ -203,7 +204,8 @@ mod tests {
 
     fn floats(numbers: &[f32]) -> Weight {
         let bytes: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
-        Weight { dtype: WeightType::F32, rows: 1, cols: numbers.len(), bytes: Arc::new(bytes) }
+        let (cols, bytes) = (numbers.len(), Arc::new(bytes));
+        Weight { dtype: WeightType::F32, rows: 1, cols, bytes, scales: Scales::One }
     }
 
     #[test]
@@ -223,6 +225,21 @@ mod tests {
                     // Scale and minimum have 11 bits.
                     assert!((got - x).abs() <= step * 0.51 + 0.001 * x.abs(), "{got} {x} {step}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn f8_is_narrowed_as_the_numbers_it_stands_for() {
+        let (rows, cols, bytes) = (2, 32, Arc::new([vec![0x38; 32], vec![0xc0; 32]].concat()));
+        let scales = Scales::Rows(Arc::new(vec![0.5, 0.25]));
+        let weight = Weight { dtype: WeightType::F8E4M3, rows, cols, bytes, scales };
+        for dtype in [WeightType::Q8_0, WeightType::Q4_1] {
+            let weight = narrow(weight.clone(), Some(dtype), String::new).unwrap();
+            assert_eq!((weight.dtype, &weight.scales), (dtype, &Scales::One));
+            for (row, expected) in [0.5, -0.5].into_iter().enumerate() {
+                let got = dequantize(&weight, row);
+                assert!(got.iter().all(|x| (x - expected).abs() < 1e-3), "{dtype:?}: {got:?}");
             }
         }
     }

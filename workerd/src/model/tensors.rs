@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use super::dequantize::dequantize;
 use super::error::ModelError;
-use super::{Weight, WeightType};
+use super::{Scales, Weight, WeightType};
 
 /// How much of each end of a tensor goes into the content hash, bytes.
 const HASHED_ENDS: u64 = 64 << 10;
@@ -163,7 +163,7 @@ impl Tensors {
     pub fn matrix(&mut self, name: &str, rows: u64, cols: u64) -> Result<Weight, ModelError> {
         let (dtype, bytes) = self.take(name, &[rows, cols])?;
         let (rows, cols) = (rows as usize, cols as usize);
-        Ok(Weight { dtype, rows, cols, bytes: Arc::new(bytes) })
+        Ok(Weight { dtype, rows, cols, bytes: Arc::new(bytes), scales: Scales::One })
     }
 
     /// A vector of `len` elements as f32.
@@ -172,7 +172,8 @@ impl Tensors {
     /// As [`Tensors::matrix`], and [`ModelError::Tensor`] when an element is not finite.
     pub fn vector(&mut self, name: &str, len: u64) -> Result<Vec<f32>, ModelError> {
         let (dtype, bytes) = self.take(name, &[len])?;
-        let weight = Weight { dtype, rows: 1, cols: len as usize, bytes: Arc::new(bytes) };
+        let (cols, bytes) = (len as usize, Arc::new(bytes));
+        let weight = Weight { dtype, rows: 1, cols, bytes, scales: Scales::One };
         let vector = dequantize(&weight, 0);
         match vector.iter().position(|x| !x.is_finite()) {
             None => Ok(vector),

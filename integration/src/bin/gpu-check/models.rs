@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use baton_workerd::model::{
-    Architecture, Layer, Model, ModelError, ModelSpec, Source, Weight, WeightType,
+    Architecture, Layer, Model, ModelError, ModelSpec, Scales, Source, Weight, WeightType,
 };
 use half::bf16;
 use rand::rngs::StdRng;
@@ -78,7 +78,8 @@ fn random_bytes(random: &mut StdRng, elements: usize, scale: f32) -> Vec<u8> {
 pub fn matrix(random: &mut StdRng, rows: u32, cols: u32, gain: f32) -> Weight {
     let (rows, cols) = (rows as usize, cols as usize);
     let bytes = random_bytes(random, rows * cols, gain / (cols as f32).sqrt());
-    Weight { dtype: WeightType::Bf16, rows, cols, bytes: Arc::new(bytes) }
+    let (bytes, scales) = (Arc::new(bytes), Scales::One);
+    Weight { dtype: WeightType::Bf16, rows, cols, bytes, scales }
 }
 
 fn norm(random: &mut StdRng, len: u32) -> Vec<f32> {

@@ -5,7 +5,7 @@ use baton_shared::kv::layout::KvLayout;
 use super::kernels::LANES;
 use crate::backend::{BackendError, Caps};
 use crate::engine::step::{Input, Slot, StepPlan, StepSeq};
-use crate::model::{Layer, Model, ModelSpec, Weight};
+use crate::model::{Layer, Model, ModelSpec, Scales, Weight};
 
 /// Whether all shapes agree and are multiples of what the kernels take.
 ///
@@ -99,6 +99,11 @@ fn matrix(name: &str, weight: &Weight, rows: usize, cols: usize) -> Result<(), S
     }
     if weight.bytes.len() != rows * weight.dtype.row_bytes(cols) {
         return Err(format!("`{name}` has {} bytes", weight.bytes.len()));
+    }
+    if let Scales::Rows(scales) = &weight.scales
+        && scales.len() != rows
+    {
+        return Err(format!("`{name}` has {} scales, not {rows}", scales.len()));
     }
     Ok(())
 }

@@ -19,7 +19,7 @@
 //! (low) and `j + 4` (high). Fifth bits are 64 bytes: bit `i` of byte `b` belongs to byte `b` of vector `i`. The two
 //! upper bits are 2 × 64 bytes: bits `2 i` and `2 i + 1` of byte `b` of the `h`th belong to byte `b` of vector `4 h + i`.
 //!
-//! Rows that fill up the last panel are zero.
+//! Rows that fill up the last panel are zero. F8_E4M3 becomes bf16, as there are no kernels that read it.
 
 use std::array::from_fn;
 
@@ -27,7 +27,7 @@ use half::{bf16, f16};
 
 use super::arena::{Arena, OutOfMemory, Piece};
 use super::kernels::{QUANT, ROWS};
-use crate::model::dequantize::{codes, six_bits};
+use crate::model::dequantize::{codes, put_bf16, six_bits};
 use crate::model::parallel::each_row;
 use crate::model::{Weight, WeightType};
 
@@ -48,7 +48,9 @@ impl Group {
     /// Of a type; `None` for floats.
     pub const fn of(dtype: WeightType) -> Option<Self> {
         let (head, blocks, high, low) = match dtype {
-            WeightType::F32 | WeightType::F16 | WeightType::Bf16 => return None,
+            WeightType::F32 | WeightType::F16 | WeightType::Bf16 | WeightType::F8E4M3 => {
+                return None;
+            }
             WeightType::Q8_0 => (2 * ROWS, 1, 0, QUANT * ROWS),
             WeightType::Q4_0 => (2 * ROWS, 1, 0, QUANT * ROWS / 2),
             WeightType::Q4_1 => (4 * ROWS, 1, 0, QUANT * ROWS / 2),
@@ -84,7 +86,7 @@ pub const fn panel_bytes(dtype: WeightType, cols: usize) -> usize {
 /// A matrix in panels.
 #[derive(Debug)]
 pub struct Panels {
-    /// Element type.
+    /// Element type; never F8_E4M3.
     pub dtype: WeightType,
     /// Outputs.
     pub rows: usize,
@@ -102,14 +104,23 @@ impl Panels {
     /// # Panics
     /// If it has fewer bytes than its shape says.
     pub fn new(weight: &Weight, arena: &mut Arena) -> Result<Self, OutOfMemory> {
-        let Weight { dtype, rows, cols, bytes: ref from } = *weight;
-        let row_bytes = dtype.row_bytes(cols);
+        let Weight { dtype: stored, rows, cols, bytes: ref from, .. } = *weight;
+        let dtype = if stored == WeightType::F8E4M3 { WeightType::Bf16 } else { stored };
+        let row_bytes = stored.row_bytes(cols);
         let panel = panel_bytes(dtype, cols);
         let mut bytes = arena.take(rows.div_ceil(ROWS) * panel)?;
         let from = &from[..rows * row_bytes];
         each_row(&mut bytes, panel, |panel, to| {
-            let rows = from.chunks_exact(row_bytes).skip(panel * ROWS).take(ROWS);
-            rows.enumerate().for_each(|(lane, from)| interleave(dtype, lane, from, to));
+            let mut row = vec![0; if stored == dtype { 0 } else { dtype.row_bytes(cols) }];
+            let numbers = (panel * ROWS..rows).take(ROWS);
+            for (lane, number) in numbers.enumerate() {
+                if stored == dtype {
+                    interleave(dtype, lane, &from[number * row_bytes..][..row_bytes], to);
+                } else {
+                    put_bf16(weight, number, &mut row);
+                    interleave(dtype, lane, &row, to);
+                }
+            }
         });
         Ok(Self { dtype, rows, cols, bytes })
     }
@@ -208,7 +219,9 @@ impl Part {
                 let weights = from_fn(|column| scales[column / 16] * (weights[column] - 32));
                 Self { weights, scale, minimum: None }
             }
-            WeightType::F32 | WeightType::F16 | WeightType::Bf16 => unreachable!("no group"),
+            WeightType::F32 | WeightType::F16 | WeightType::Bf16 | WeightType::F8E4M3 => {
+                unreachable!("no group")
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ use super::*;
 use crate::backend::conformance::{self, Numbers};
 use crate::engine::sampling::SamplingParams;
 use crate::engine::step::{Slot, SlotOpen, StepSeq};
-use crate::model::{Architecture, Layer, ModelSpec, Weight, WeightType};
+use crate::model::{Architecture, Layer, ModelSpec, Scales, Weight, WeightType};
 
 /// splitmix64.
 pub struct Random(u64);
@@ -48,6 +48,7 @@ pub fn random_weight(
 ) -> Weight {
     let mut bytes = Vec::with_capacity(rows * dtype.row_bytes(cols));
     let half = |value: f32| half::f16::from_f32(value).to_le_bytes();
+    let mut scales = Scales::One;
     match dtype {
         WeightType::F32 => {
             (0..rows * cols).for_each(|_| bytes.extend((random.normal() * size).to_le_bytes()));
@@ -58,6 +59,14 @@ pub fn random_weight(
         WeightType::Bf16 => (0..rows * cols).for_each(|_| {
             bytes.extend(half::bf16::from_f32(random.normal() * size).to_le_bytes());
         }),
+        WeightType::F8E4M3 => {
+            // All codes but those that are no number have a deviation of some 130.
+            scales = Scales::Tensor(size.log2().floor().exp2() / 128.0);
+            bytes.extend((0..rows * cols).map(|_| match random.next() as u8 {
+                0x7f | 0xff => 0x38,
+                byte => byte,
+            }));
+        }
         quantised => {
             let (elements, block) = quantised.block();
             for _ in 0..rows * cols / elements as usize {
@@ -86,7 +95,7 @@ pub fn random_weight(
             }
         }
     }
-    Weight { dtype, rows, cols, bytes: bytes.into() }
+    Weight { dtype, rows, cols, bytes: bytes.into(), scales }
 }
 
 /// Weights of `dtype`, values' of another (GGUF files mix them), and heads, KV heads and their size.

@@ -133,7 +133,8 @@ impl Kernels {
 
 /// Whether products with such weights take quantised activations.
 pub fn wants_quantised(dtype: WeightType) -> bool {
-    !matches!(dtype, WeightType::F32 | WeightType::F16 | WeightType::Bf16)
+    use WeightType::{Bf16, F8E4M3, F16, F32};
+    !matches!(dtype, F32 | F16 | Bf16 | F8E4M3)
 }
 
 /// Constants of the one exponential: Cephes' `expf`, about 1 ulp.

@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use half::bf16;
 
 use super::attention::{ATTENTION_TILE, Running};
@@ -5,7 +7,7 @@ use super::*;
 use crate::backend::cpu::arena::Arena;
 use crate::backend::cpu::repack::Panels;
 use crate::backend::cpu::tests::{Random, random_weight};
-use crate::model::{Weight, dequantize};
+use crate::model::{Scales, Weight, dequantize};
 
 /// Random numbers that differ from run to run; a failure prints the seed, `BATON_TEST_SEED` repeats it.
 fn fresh(name: &str) -> Random {
@@ -159,7 +161,9 @@ fn extreme(dtype: WeightType, largest: bool) -> (Vec<u8>, f32) {
             let row = [&nibbles[..], &upper, &scales, &one].concat();
             return (row, if largest { 31.0 * 127.0 } else { 32.0 * 128.0 });
         }
-        WeightType::F32 | WeightType::F16 | WeightType::Bf16 => unreachable!("no codes"),
+        WeightType::F32 | WeightType::F16 | WeightType::Bf16 | WeightType::F8E4M3 => {
+            unreachable!("no codes")
+        }
     };
     // The K types' scale is 63.
     let scale = if dtype.block().0 == 256 { 63.0 } else { 1.0 };
@@ -172,7 +176,8 @@ fn extreme_quantised_weights_and_activations_do_not_overflow() {
         for largest in [true, false] {
             let (row, each) = extreme(dtype, largest);
             let cols = dtype.block().0 as usize;
-            let weight = Weight { dtype, rows: 16, cols, bytes: row.repeat(16).into() };
+            let (bytes, scales) = (row.repeat(16).into(), Scales::One);
+            let weight = Weight { dtype, rows: 16, cols, bytes, scales };
             for x in [127.0, -127.0] {
                 for kernels in tiers() {
                     let got = product(kernels, &weight, &vec![x; cols], 1);
@@ -220,6 +225,24 @@ fn rows_come_back_from_panels_as_they_were() {
                 assert_eq!(row, dequantize(&weight, at), "{dtype:?}");
             }
         }
+    }
+}
+
+#[test]
+fn panels_of_f8_hold_the_nearest_bf16_of_each_scaled_number() {
+    let mut random = fresh("f8");
+    let (rows, cols) = (37, 50);
+    let mut weight = random_weight(&mut random, WeightType::F8E4M3, rows, cols, 1.0);
+    let scales = (0..rows).map(|_| random.normal().abs() + 0.01).collect();
+    weight.scales = Scales::Rows(Arc::new(scales));
+    let panels = Panels::new(&weight, &mut Arena::default()).unwrap();
+    assert_eq!(panels.dtype, WeightType::Bf16);
+    let mut row = vec![0.0; cols];
+    for at in 0..rows {
+        panels.row(at, &mut row);
+        let nearest = |x: f32| bf16::from_f32(x).to_f32();
+        let expected: Vec<f32> = dequantize(&weight, at).into_iter().map(nearest).collect();
+        assert_eq!(row, expected);
     }
 }
 

@@ -40,14 +40,18 @@ fn read(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// All kernel sources, by name.
+/// All kernel sources that are for all devices, by name.
 pub fn sources() -> Vec<Source> {
     let entries = std::fs::read_dir(folder()).expect("the kernels' folder is there");
     let mut paths: Vec<PathBuf> = entries.map(|entry| entry.expect("an entry").path()).collect();
     paths.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
     paths.sort();
     let name = |path: &Path| path.file_stem().expect("a name").to_string_lossy().into_owned();
-    paths.iter().map(|path| Source { name: name(path), text: read(path) }).collect()
+    let all = paths.iter().map(|path| Source { name: name(path), text: read(path) });
+    // What is for one kind of device only has instructions that nothing else has.
+    let is_for_all =
+        |text: &str| text.lines().next().is_some_and(|line| line.contains("compute_80"));
+    all.filter(|source| is_for_all(&source.text)).collect()
 }
 
 /// The shared object of these sources.

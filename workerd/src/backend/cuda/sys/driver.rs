@@ -137,7 +137,12 @@ impl Driver {
     fn load(&mut self) -> Result<(), GpuError> {
         use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         for source in SOURCES {
-            let ptx = if self.facts.capability == OVERLAPS { source.ptx_90a } else { source.ptx };
+            let is_90a = self.facts.capability == OVERLAPS;
+            let ptx = if is_90a { Some(source.ptx_90a) } else { source.ptx };
+            let Some(ptx) = ptx else {
+                self.functions.extend(source.kernels.iter().map(|_| std::ptr::null_mut()));
+                continue;
+            };
             let ptx = CString::new(ptx).expect("PTX is text");
             // SAFETY: PTX that ends with a zero.
             let module = unsafe { result::module::load_data(ptx.as_ptr().cast()) }
@@ -295,6 +300,7 @@ impl Gpu for Driver {
             numAttrs: u32::from(self.overlap),
         };
         let function = self.functions[kernel.index];
+        assert!(!function.is_null(), "{} is not for this device", kernel.name);
         // SAFETY: the caller's promise; the values live until the call returns, which copies them.
         unsafe {
             sys::cuLaunchKernelEx(

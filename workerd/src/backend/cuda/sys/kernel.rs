@@ -27,20 +27,29 @@ pub struct Kernel {
 pub struct Source {
     /// File in `kernels`, without ending.
     pub name: &'static str,
-    /// What it compiled to, for compute capability 8.0 and above.
-    pub ptx: &'static str,
+    /// What it compiled to, for compute capability 8.0 and above; `None`: it is for 9.0 only.
+    pub ptx: Option<&'static str>,
     /// The same for exactly 9.0: kernels overlap with the one before.
     pub ptx_90a: &'static str,
     /// Its kernels and their shared memory.
     pub kernels: &'static [(&'static str, u32)],
 }
 
+macro_rules! ptx {
+    ($name:literal, $target:literal) => {
+        include_str!(concat!("../../../../kernels/ptx/", $name, ".", $target, ".ptx"))
+    };
+}
+
 macro_rules! source {
     ($name:literal, $($kernel:literal: $shared:expr),+ $(,)?) => {
+        Source { ptx: Some(ptx!($name, "compute_80")), ..source!(only_90a $name, $($kernel: $shared),+) }
+    };
+    (only_90a $name:literal, $($kernel:literal: $shared:expr),+ $(,)?) => {
         Source {
             name: $name,
-            ptx: include_str!(concat!("../../../../kernels/ptx/", $name, ".compute_80.ptx")),
-            ptx_90a: include_str!(concat!("../../../../kernels/ptx/", $name, ".compute_90a.ptx")),
+            ptx: None,
+            ptx_90a: ptx!($name, "compute_90a"),
             kernels: &[$(($kernel, $shared)),+],
         }
     };
@@ -54,8 +63,13 @@ pub const fn decode_shared(head_dim: u32) -> u32 {
     4 * 3 * 2 * 16 * head_dim * 2 + 4 * 16 * 8 + 16
 }
 
+/// Shared memory of prefill attention on 9.0: queries, two tiles of keys and two of values, and room to align them.
+pub const fn wgmma_shared(head_dim: u32) -> u32 {
+    1024 + (128 + 4 * 64) * head_dim * 2
+}
+
 /// All sources.
-pub const SOURCES: [Source; 6] = [
+pub const SOURCES: [Source; 7] = [
     source!("rows", "embed": 0, "rms_norm": 128, "turn_and_store": 0, "swiglu": 0),
     source!(
         "skinny",
@@ -73,6 +87,7 @@ pub const SOURCES: [Source; 6] = [
         "decode_32": decode_shared(32), "decode_64": decode_shared(64), "decode_128": decode_shared(128),
     ),
     source!("prefill", "prefill_32": 384 * 64, "prefill_64": 384 * 128, "prefill_128": 384 * 256),
+    source!(only_90a "prefill_wgmma", "prefill_wgmma_64": wgmma_shared(64), "prefill_wgmma_128": wgmma_shared(128)),
     source!("sample", "open_slots": 0, "sample": SMALL),
 ];
 
@@ -150,7 +165,7 @@ mod tests {
         for source in SOURCES {
             let mut names: Vec<&str> = source.kernels.iter().map(|(name, _)| *name).collect();
             names.sort_unstable();
-            for ptx in [source.ptx, source.ptx_90a] {
+            for ptx in source.ptx.into_iter().chain([source.ptx_90a]) {
                 let entries = ptx.lines();
                 let entries =
                     entries.filter_map(|line| line.trim().strip_prefix(".visible .entry "));

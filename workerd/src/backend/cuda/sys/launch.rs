@@ -9,7 +9,7 @@ use std::sync::Arc;
 use baton_shared::kv::layout::KvLayout;
 
 use super::buffer::View;
-use super::kernel::{Args, Kernel, Shape, decode_shared};
+use super::kernel::{Args, Kernel, Shape, decode_shared, wgmma_shared};
 use super::products::{Format, Matrix};
 use super::{Gpu, GpuError};
 
@@ -306,8 +306,13 @@ impl Kernels {
             .u32(dims.kv_heads)
             .f32(scale(size))
             .u64(out.address());
+        let grid = [dims.heads, count, 1];
+        if self.gpu.facts().capability == 90 && size >= 64 {
+            let name = format!("prefill_wgmma_{size}");
+            return self.start(&name, grid, 256, wgmma_shared(size), &args);
+        }
         let shared = (128 + 256) * size * 2;
-        self.start(&format!("prefill_{size}"), [dims.heads, count, 1], 128, shared, &args)
+        self.start(&format!("prefill_{size}"), grid, 128, shared, &args)
     }
 
     /// Begins `count` slots: [`OPEN_BYTES`] each.

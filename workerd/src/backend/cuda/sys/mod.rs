@@ -8,6 +8,7 @@ pub mod buffer;
 pub mod driver;
 pub mod kernel;
 pub mod launch;
+pub mod nvml;
 pub mod products;
 pub mod queue;
 

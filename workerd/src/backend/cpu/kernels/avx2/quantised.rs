@@ -28,7 +28,9 @@ pub(super) fn product(
                 $(WeightType::$dtype => {
                     product_of::<{ WeightType::$dtype as usize }>(panels, tile, tokens, out);
                 })*
-                WeightType::F32 | WeightType::F16 | WeightType::Bf16 => panic!("{dtype:?} here"),
+                WeightType::F32 | WeightType::F16 | WeightType::Bf16 | WeightType::F8E4M3 => {
+                    panic!("{dtype:?} here")
+                }
             }
         };
     }
