@@ -9,6 +9,15 @@ mkdir -p "$bundle/packed"
 for program in gpu-check baton-workerd baton-router; do
     strip -o "$bundle/packed/$program" "$root/target/release/$program"
 done
+# The worker's tests, of which some run on a GPU.
+tests=$(cd "$root" && cargo test --release --workspace --lib --no-run --message-format=json 2>/dev/null |
+    python3 -c '
+import json, sys
+for line in sys.stdin:
+    made = json.loads(line)
+    if made.get("executable") and made["target"]["name"] == "baton_workerd" and made["profile"]["test"]:
+        print(made["executable"])')
+strip -o "$bundle/packed/worker-tests" "$tests"
 cp -r "$root/.deps/nixl/" "$bundle/packed/nixl"
 tar -C "$bundle/packed" -cJf "$bundle/packed.tar.xz" .
 rm -r "$bundle/packed"

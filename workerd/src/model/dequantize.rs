@@ -248,7 +248,10 @@ mod tests {
             bytes: Arc::new(vec![0x38, 0xb8, 0x40, 0x7e]),
             scales,
         };
-        let rows = |scales| [0, 1].map(|row| dequantize(&weight(scales), row));
+        let rows = |scales: Scales| {
+            let weight = weight(scales);
+            [0, 1].map(|row| dequantize(&weight, row))
+        };
         assert_eq!(rows(Scales::One), [vec![1.0, -1.0], vec![2.0, 448.0]]);
         assert_eq!(rows(Scales::Tensor(0.25)), [vec![0.25, -0.25], vec![0.5, 112.0]]);
         let scales = Scales::Rows(Arc::new(vec![0.5, 3.0]));
@@ -258,7 +261,7 @@ mod tests {
     #[test]
     fn a_row_as_bf16_is_rounded_to_nearest_even() {
         // 1 + 2^-8 and 1 + 3 * 2^-8 lie between two bf16 numbers each.
-        for (scale, expected) in [(1.003_906_25, 1.0), (1.011_718_75, 1.015_625)] {
+        for (scale, expected) in [(1.0 + 1.0 / 256.0, 1.0), (1.0 + 3.0 / 256.0, 1.015_625)] {
             let bytes = Arc::new(vec![0x38, 0xb8]);
             let (dtype, scales) = (WeightType::F8E4M3, Scales::Tensor(scale));
             let weight = Weight { dtype, rows: 1, cols: 2, bytes, scales };

@@ -4,6 +4,7 @@
 #![expect(clippy::print_stdout, reason = "a report on the terminal is what it is for")]
 
 mod agreement;
+mod formulas;
 mod models;
 mod reference;
 mod speed;
@@ -37,11 +38,11 @@ struct Options {
     /// Which device.
     #[arg(long, default_value_t = 0)]
     device: u32,
-    /// Parts to run: numbers, reference, transfer, workers, kernels, layer, steps.
+    /// Parts to run: formulas, numbers, reference, transfer, workers, kernels, layer, steps.
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "numbers,reference,transfer,workers,kernels,steps"
+        default_value = "formulas,numbers,reference,transfer,workers,kernels,steps"
     )]
     parts: Vec<String>,
     /// Sequences of the largest decode step that is timed.
@@ -99,6 +100,16 @@ fn check(options: &Options, gpu: &Arc<dyn Gpu>) -> Result<usize> {
     println!("{facts:?}, cuBLASLt: {}", gpu.has_blas());
     let wants = |part: &str| options.parts.iter().any(|wanted| wanted == part);
     let mut wrong = 0;
+    if wants("formulas") {
+        match formulas::check() {
+            Ok(Some(())) => println!("right: kernels, sampler and back end by their formulas"),
+            Ok(None) => println!("skipped: formulas (only where the bundle is)"),
+            Err(error) => {
+                println!("WRONG formulas: {error:#}");
+                wrong += 1;
+            }
+        }
+    }
     if wants("numbers") {
         wrong += numbers(options, gpu)?;
     }

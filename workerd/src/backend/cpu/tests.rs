@@ -62,7 +62,7 @@ pub fn random_weight(
         WeightType::F8E4M3 => {
             // All codes but those that are no number have a deviation of some 130.
             scales = Scales::Tensor(size.log2().floor().exp2() / 128.0);
-            bytes.extend((0..rows * cols).map(|_| match random.next() as u8 {
+            bytes.extend((0..rows * cols).map(|_| match random.number() as u8 {
                 0x7f | 0xff => 0x38,
                 byte => byte,
             }));

@@ -2,7 +2,9 @@
 //! however a sequence is computed.
 
 mod attention;
+mod device;
 mod faults;
+mod gpu;
 mod kernels;
 mod model;
 mod products;
@@ -13,8 +15,8 @@ use std::sync::Arc;
 
 use baton_shared::id::BlockIndex;
 
+use self::device::Device;
 use self::model::{Shape, VOCAB, tiny_model};
-use super::emulated::{Alive, Emulator};
 use super::sys::Gpu;
 use super::*;
 use crate::backend::conformance::{self, Numbers};
@@ -170,9 +172,8 @@ fn options() -> CudaOptions {
     }
 }
 
-fn cuda(emulator: &Arc<Emulator>, model: &Model, options: &CudaOptions) -> CudaBackend {
-    let gpu: Arc<dyn Gpu> = Arc::<Emulator>::clone(emulator);
-    CudaBackend::load(&gpu, &mut &*model, options).unwrap()
+fn cuda(gpu: &Arc<dyn Gpu>, model: &Model, options: &CudaOptions) -> CudaBackend {
+    CudaBackend::load(gpu, &mut &*model, options).unwrap()
 }
 
 const SHAPES: [Shape; 4] = [
@@ -202,10 +203,9 @@ fn the_numbers_are_the_cpus_however_a_sequence_is_computed() {
             if has_blas && !shape.tied {
                 continue;
             }
-            let emulator = Emulator::new(64 << 20, 3, has_blas);
-            emulator.run_backward(backward);
+            let device = Device::new(backward, has_blas);
             let options = CudaOptions { graphs, ..options() };
-            let mut backend = cuda(&emulator, &model, &options);
+            let mut backend = cuda(&device.gpu, &model, &options);
             let way = format!("{shape:?}, backward {backward}, blas {has_blas}");
             let seen = run(&mut backend, &whole, None);
             assert_eq!(seen.len(), wanted.len());
@@ -218,7 +218,7 @@ fn the_numbers_are_the_cpus_however_a_sequence_is_computed() {
                 assert_near(&alone, &seen, APART, &format!("{way}: alone"));
             }
             drop(backend);
-            assert_eq!(emulator.alive(), Alive::default());
+            device.assert_nothing_is_left();
         }
     }
 }
@@ -229,9 +229,9 @@ fn a_cuda_back_end_keeps_the_contract() {
     for (graphs, has_blas) in [(true, false), (false, true)] {
         let options = CudaOptions { max_sequences: 4, max_batch_tokens: 64, graphs, ..options() };
         let options = CudaOptions { pool: PoolSize::Blocks(32), ..options };
-        let emulator = Emulator::new(64 << 20, 3, has_blas);
-        let make = || Box::new(cuda(&emulator, &model, &options)) as Box<dyn Backend>;
+        let device = Device::new(false, has_blas);
+        let make = || Box::new(cuda(&device.gpu, &model, &options)) as Box<dyn Backend>;
         conformance::suite(&make, Numbers::Within(APART.0));
-        assert_eq!(emulator.alive(), Alive::default());
+        device.assert_nothing_is_left();
     }
 }

@@ -37,7 +37,7 @@ impl TestPool {
 }
 
 #[test]
-fn queries_keys_and_values_are_turned_and_stored_where_their_position_is() {
+pub fn queries_keys_and_values_are_turned_and_stored_where_their_position_is() {
     both_orders(|mut bench| {
         for (heads, block_tokens, has_bias, has_norms) in [
             ((4, 2, 32), 8, false, false),
@@ -75,8 +75,8 @@ fn queries_keys_and_values_are_turned_and_stored_where_their_position_is() {
                     queries.view(),
                 )
                 .unwrap();
-            let mut written = bench.written_at_all(&queries, 2);
-            let mut in_pool = bench.written_at_all(&pool.buffer, 2);
+            let mut written = bench.device.written(&queries, 2);
+            let mut in_pool = bench.device.written(&pool.buffer, 2);
             let read = |buffer: &Buffer| {
                 let mut bytes = vec![0; buffer.bytes()];
                 buffer.read(0, &mut bytes).unwrap();
@@ -217,7 +217,7 @@ impl Attended {
 const ATTENTION: f64 = 0.015;
 
 #[test]
-fn attention_of_one_token_each_is_the_softmax_over_its_own_blocks() {
+pub fn attention_of_one_token_each_is_the_softmax_over_its_own_blocks() {
     both_orders(|mut bench| {
         for (heads, block_tokens, lengths, splits) in [
             ((4, 2, 32), 8, vec![1, 70, 32], 1),
@@ -254,9 +254,8 @@ fn attention_of_one_token_each_is_the_softmax_over_its_own_blocks() {
                 )
                 .unwrap();
             let got = bench.written_bf16s(&out, count * heads * size);
-            let rest = (heads * size * 2) as u64;
-            let writes = bench.emulator.writes(out.address() + count as u64 * rest, rest as usize);
-            assert_eq!(writes, (0, 0), "nobody's row");
+            let row = heads * size * 2;
+            bench.device.assert_writes(&out, (count * row, row), 0);
             let mut left = vec![1; rows * heads * 4];
             ended.read(0, &mut left).unwrap();
             assert!(left.iter().all(|byte| *byte == 0), "no part is left counted");
@@ -271,7 +270,7 @@ fn attention_of_one_token_each_is_the_softmax_over_its_own_blocks() {
 }
 
 #[test]
-fn attention_of_many_tokens_is_the_softmax_over_all_before_each() {
+pub fn attention_of_many_tokens_is_the_softmax_over_all_before_each() {
     both_orders(|mut bench| {
         // The last so many tokens of each sequence are new.
         for (heads, block_tokens, lengths, new) in [

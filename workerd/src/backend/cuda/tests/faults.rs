@@ -1,6 +1,6 @@
 //! Whatever call or work fails, the error says so, and everything is given back.
 
-use super::super::emulated::Fault;
+use super::super::emulated::{Alive, Emulator, Fault};
 use super::*;
 
 const TOLD: &str = "made to fail";
@@ -139,7 +139,8 @@ fn a_share_of_what_is_free_becomes_blocks() {
     let model = tiny_model(&SHAPES[0]);
     let emulator = Emulator::new(8 << 20, 3, false);
     let options = CudaOptions { pool: PoolSize::Fraction(0.5), ..small() };
-    let backend = cuda(&emulator, &model, &options);
+    let gpu: Arc<dyn Gpu> = Arc::<Emulator>::clone(&emulator);
+    let backend = cuda(&gpu, &model, &options);
     let pool = backend.pool().layout.bytes();
     let left = backend.gpu().free_memory().unwrap();
     // What was free is the pool and what is left, but for pinned memory's and graphs' sake nothing.

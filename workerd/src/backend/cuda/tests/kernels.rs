@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use super::super::emulated::Emulator;
 use super::super::sys::Gpu;
 use super::super::sys::buffer::Buffer;
 use super::super::sys::launch::{Dims, Kernels, Rows};
 use super::super::sys::products::{Format, Matrix};
+use super::device::Device;
 use crate::backend::cpu::tests::Random;
 
 pub const NOBODY: u32 = u32::MAX;
@@ -19,7 +19,7 @@ pub const ROUNDING: f64 = 1.0 / 256.0;
 
 /// A device and what to fill it with.
 pub struct Bench {
-    pub emulator: Arc<Emulator>,
+    pub device: Device,
     pub gpu: Arc<dyn Gpu>,
     pub kernels: Kernels,
     pub random: Random,
@@ -31,10 +31,9 @@ impl Bench {
     }
 
     pub fn with(backward: bool, has_blas: bool) -> Self {
-        let emulator = Emulator::new(256 << 20, 4, has_blas);
-        emulator.run_backward(backward);
-        let gpu: Arc<dyn Gpu> = Arc::<Emulator>::clone(&emulator);
-        Self { kernels: Kernels::new(&gpu), emulator, gpu, random: Random::new(5) }
+        let device = Device::new(backward, has_blas);
+        let gpu = Arc::clone(&device.gpu);
+        Self { kernels: Kernels::new(&gpu), random: Random::new(device.seed()), device, gpu }
     }
 
     /// Roughly normal numbers that are bf16s.
@@ -60,7 +59,7 @@ impl Bench {
     }
 
     pub fn empty(&self, bytes: usize) -> Buffer {
-        Buffer::new(&self.gpu, "a test", bytes).unwrap()
+        self.device.empty(bytes)
     }
 
     pub fn matrix(&self, floats: &[f32], n: usize) -> Matrix {
@@ -70,9 +69,7 @@ impl Bench {
 
     /// What a launch left in the first `bytes` of a buffer, each of which it wrote once.
     pub fn written_once(&self, buffer: &Buffer, bytes: usize) -> Vec<u8> {
-        self.gpu.synchronise().unwrap();
-        let writes = self.emulator.writes(buffer.address(), bytes);
-        assert_eq!(writes, (1, 1), "each of {bytes} bytes is written once");
+        self.device.assert_writes(buffer, (0, bytes), 1);
         let mut read = vec![0; bytes];
         buffer.read(0, &mut read).unwrap();
         read
@@ -84,17 +81,6 @@ impl Bench {
 
     pub fn written_floats(&self, buffer: &Buffer, count: usize) -> Vec<f64> {
         floats_of(&self.written_once(buffer, 4 * count))
-    }
-
-    /// How often the last launch wrote into elements of `size` bytes: those that it did at all.
-    pub fn written_at_all(&self, buffer: &Buffer, size: usize) -> Vec<usize> {
-        self.gpu.synchronise().unwrap();
-        let writes = |at: &usize| {
-            let writes = self.emulator.writes(buffer.address() + (at * size) as u64, size);
-            assert!(writes == (0, 0) || writes == (1, 1), "element {at} is written {writes:?}");
-            writes.0 > 0
-        };
-        (0..buffer.bytes() / size).filter(writes).collect()
     }
 }
 
@@ -168,7 +154,7 @@ impl Held {
 }
 
 #[test]
-fn embeddings_are_rows_of_the_table_and_angles_those_of_positions() {
+pub fn embeddings_are_rows_of_the_table_and_angles_those_of_positions() {
     both_orders(|mut bench| {
         for (hidden, head_dim) in [(64, 64), (96, 32), (2056, 128)] {
             let (vocab, pairs) = (10, head_dim as usize / 2);
@@ -216,7 +202,7 @@ fn embeddings_are_rows_of_the_table_and_angles_those_of_positions() {
 }
 
 #[test]
-fn norms_are_those_of_the_rows_named() {
+pub fn norms_are_those_of_the_rows_named() {
     both_orders(|mut bench| {
         for (hidden, count) in [(64, 3), (100, 5), (4100, 2)] {
             let stream = bench.numbers(7 * hidden);

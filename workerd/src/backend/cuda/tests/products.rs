@@ -51,8 +51,8 @@ fn products(x: &[f32], w: &[f32], k: usize) -> Vec<(f64, f64)> {
     all
 }
 
-/// 1e-6 of the sum of terms' sizes is what adding some hundred f32s may be off.
-const ADDING: f64 = 1e-6;
+/// What adding some thousand f32s may be off, as a share of the sum of terms' sizes. A GPU cuts off where others round.
+const ADDING: f64 = 4e-6;
 
 fn check_product(bench: &mut Bench, mode: Mode, m: usize, n: usize, k: usize) {
     let w = bench.numbers(n * k);
@@ -115,7 +115,7 @@ fn check_product_of(bench: &mut Bench, mode: Mode, m: usize, matrix: &Matrix, w:
 }
 
 #[test]
-fn products_of_few_rows_are_sums_of_products() {
+pub fn products_of_few_rows_are_sums_of_products() {
     both_orders(|mut bench| {
         for mode in [Mode::Bf16, Mode::Add, Mode::F32, Mode::Swiglu] {
             for (m, n, k) in [
@@ -136,7 +136,7 @@ fn products_of_few_rows_are_sums_of_products() {
 }
 
 #[test]
-fn products_of_many_rows_are_sums_of_products() {
+pub fn products_of_many_rows_are_sums_of_products() {
     both_orders(|mut bench| {
         for mode in [Mode::Bf16, Mode::Add, Mode::F32, Mode::Swiglu] {
             for (m, n, k) in [(17, 64, 32), (128, 128, 96), (150, 208, 160)] {
@@ -151,7 +151,7 @@ fn products_of_many_rows_are_sums_of_products() {
 }
 
 #[test]
-fn weights_of_one_byte_are_multiplied_by_the_scale_of_their_row() {
+pub fn weights_of_one_byte_are_multiplied_by_the_scale_of_their_row() {
     both_orders(|mut bench| {
         for mode in [Mode::Bf16, Mode::Add, Mode::F32, Mode::Swiglu] {
             for (m, n, k) in [(1, 48, 64), (1, 16, 2112), (5, 80, 128), (13, 48, 1088)] {
@@ -166,7 +166,7 @@ fn weights_of_one_byte_are_multiplied_by_the_scale_of_their_row() {
 }
 
 #[test]
-fn every_number_of_one_byte_becomes_the_same_number_of_two() {
+pub fn every_number_of_one_byte_becomes_the_same_number_of_two() {
     both_orders(|bench| {
         let codes: Vec<u8> = (0..=255).filter(|code| code & 0x7f != 0x7f).chain([0, 0]).collect();
         let buffer = bench.buffer(&codes);
@@ -184,7 +184,7 @@ fn every_number_of_one_byte_becomes_the_same_number_of_two() {
 }
 
 #[test]
-fn where_the_vendors_library_multiplies_gates_and_ups_become_activations_afterwards() {
+pub fn where_the_vendors_library_multiplies_gates_and_ups_become_activations_afterwards() {
     for backward in [false, true] {
         let mut bench = Bench::with(backward, true);
         for (m, ffn, k) in [(17, 8, 32), (18, 96, 64), (19, 2056, 32)] {

@@ -199,11 +199,9 @@ impl Samplers {
                 MOST as u32,
             )
             .unwrap();
-        bench.gpu.synchronise().unwrap();
         for (row, slot) in sampled.iter().enumerate() {
-            let at = chosen.address() + (row * CHOSEN_BYTES) as u64;
-            let times = u32::from(*slot != NOBODY);
-            assert_eq!(bench.emulator.writes(at, CHOSEN_BYTES), (times, times), "row {row}");
+            let range = (row * CHOSEN_BYTES, CHOSEN_BYTES);
+            bench.device.assert_writes(&chosen, range, u32::from(*slot != NOBODY));
         }
         let (mut rows, mut pairs) = (vec![0; chosen.bytes()], vec![0; alternatives.bytes()]);
         chosen.read(0, &mut rows).unwrap();
@@ -218,7 +216,7 @@ impl Samplers {
 }
 
 #[test]
-fn tokens_are_drawn_by_the_hosts_rules_and_told_with_their_log_probabilities() {
+pub fn tokens_are_drawn_by_the_hosts_rules_and_told_with_their_log_probabilities() {
     let params = params();
     for (backward, vocab) in [(false, 100), (true, 100), (false, 1030), (true, 4101)] {
         let bench = Bench::new(backward);
@@ -287,7 +285,7 @@ fn tokens_are_drawn_by_the_hosts_rules_and_told_with_their_log_probabilities() {
 }
 
 #[test]
-fn where_no_logit_is_a_number_the_first_token_comes_with_a_finite_log_probability() {
+pub fn where_no_logit_is_a_number_the_first_token_comes_with_a_finite_log_probability() {
     let bench = Bench::new(false);
     for params in [SamplingParams::default(), SamplingParams::greedy()] {
         let sampling = SamplingParams { logprobs: Some(2), ..params };
