@@ -9,6 +9,7 @@ use baton_shared::kv::layout::CopyRun;
 use super::super::{PeerId, Transport};
 use super::pull::Request;
 use super::route::{Probe, Route};
+use crate::kv::region::Place;
 
 /// Which way bytes come: counts of peers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,6 +40,8 @@ pub(super) enum Room {
 
 struct Peer {
     agent: String,
+    /// Where its pool is.
+    place: Place,
     worker: WorkerId,
     incarnation: Incarnation,
     in_flight: usize,
@@ -58,7 +61,13 @@ struct Peer {
 
 impl Peers {
     /// A connection; the same id again is the same one. A worker's other incarnations are over with a new one.
-    pub fn opened(&mut self, id: PeerId, agent: &str, worker: &WorkerId, incarnation: Incarnation) {
+    pub fn opened(
+        &mut self,
+        id: PeerId,
+        (agent, place): (&str, Place),
+        worker: &WorkerId,
+        incarnation: Incarnation,
+    ) {
         if self.by_id.contains_key(&id) {
             return;
         }
@@ -68,6 +77,7 @@ impl Peers {
         }
         let peer = Peer {
             agent: agent.to_owned(),
+            place,
             worker: worker.clone(),
             incarnation,
             in_flight: 0,
@@ -196,6 +206,6 @@ impl Peer {
             Route::Network => ("network", &mut seen.network),
         };
         *count += 1;
-        tracing::info!(agent = self.agent, transport, "found out how this peer's blocks come");
+        tracing::info!(agent = self.agent, pool = %self.place, transport, "found out how this peer's blocks come");
     }
 }

@@ -164,11 +164,12 @@ impl Pulls {
         if self.peers.is_closed(&address.agent) {
             return Err(pull.unreachable("an earlier transfer from it has not ended"));
         }
-        let peer = self.open_peer(&address, pull)?;
+        let place = Place::of_device(rank.device);
+        let peer = self.open_peer((&address, place), pull)?;
         Ok(Part {
             address,
             peer,
-            place: Place::of_device(rank.device),
+            place,
             epoch_address: rank.epoch_address,
             epoch: rank.epoch,
             slot: None,
@@ -177,12 +178,16 @@ impl Pulls {
         })
     }
 
-    fn open_peer(&mut self, address: &PeerAddress, pull: &Pull) -> Result<PeerId, Failure> {
+    fn open_peer(
+        &mut self,
+        (address, place): (&PeerAddress, Place),
+        pull: &Pull,
+    ) -> Result<PeerId, Failure> {
         let id = self.transport.connect(address).map_err(|error| Failure {
             code: ErrorCode::KvPeerUnreachable,
             message: error.to_string(),
         })?;
-        self.peers.opened(id, &address.agent, &pull.worker, pull.incarnation);
+        self.peers.opened(id, (&address.agent, place), &pull.worker, pull.incarnation);
         Ok(id)
     }
 
@@ -428,7 +433,8 @@ impl Pulls {
 
     fn reconnect(&mut self, pull: &mut Pull) -> Result<(), Failure> {
         for index in 0..pull.parts.len() {
-            let peer = self.open_peer(&pull.parts[index].address, pull)?;
+            let part = &pull.parts[index];
+            let peer = self.open_peer((&part.address, part.place), pull)?;
             pull.parts[index].peer = peer;
         }
         Ok(())
