@@ -3,7 +3,7 @@
 CARGO_TEST = cargo test --release --workspace
 ARGS ?=
 
-.PHONY: run test test-long bench bench-setup fuzz kernels setup optional-models build clean
+.PHONY: run test test-long test-gpu bench bench-setup fuzz kernels setup optional-models build clean gpu-bundle gpu-check
 
 ## Two context workers, a generation worker and the router with a real model; prints an answer, stays up.
 run: build
@@ -18,6 +18,11 @@ test-long: build optional-models
 	$(CARGO_TEST)
 	$(CARGO_TEST) --test it -- --ignored
 	$(CARGO_TEST) --lib -- --ignored --nocapture --test-threads=1 long_
+
+## Hand-overs from and to the memory of this machine's first GPU.
+test-gpu:
+	$(CARGO_TEST) --lib -- --ignored --nocapture --test-threads=1 gpu_
+	BATON_TEST_POOL_PLACE=cuda:0 $(CARGO_TEST) --lib -- --nocapture --test-threads=2 handover::nixl::tests
 
 ## The CPU engine beside llama.cpp, as tables of ratios: under 10 minutes, after building llama.cpp once.
 ## ARGS="engine --rounds 5" for a part, ARGS="--ik-llama DIR" for one more peer, ARGS=--help for all there is.
@@ -35,9 +40,19 @@ fuzz: setup
 
 ## PTX of the GPU kernels, and the registers they may use. ARGS="attention" for one source, ARGS=--check to compare only.
 kernels:
+	@for cu in workerd/kernels/*.cu; do for target in $$(sed -n 's,^// Targets:,,p' $$cu); do \
+		ptx=workerd/kernels/ptx/$$(basename $$cu .cu).$$target.ptx; [ -e $$ptx ] || touch $$ptx; done; done
 	@integration/setup.sh --tools
 	@cargo build --quiet --release --workspace --bin kernels
 	@target/release/kernels $(ARGS)
+
+## A folder that needs only an NVIDIA driver and checks the CUDA back end there: target/gpu-bundle/gpu-check.
+gpu-bundle: build
+	@integration/gpu-bundle.sh
+
+## The same, and runs it here. ARGS="--parts numbers,steps" for a part. Exit code 3: there is no GPU.
+gpu-check: gpu-bundle
+	@target/gpu-bundle/gpu-check $(ARGS)
 
 ## What a build and a run need beyond the toolchain, into .deps.
 setup:

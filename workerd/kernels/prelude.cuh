@@ -15,6 +15,7 @@ typedef unsigned long long u64;
 #ifndef BATON_HOST
 
 #define DEVICE static __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
 // A kernel of blocks of at most `threads`, `blocks` of them on a multiprocessor.
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 // Names the launch's shared memory, 16-byte aligned.
@@ -75,6 +76,12 @@ DEVICE u32 pack(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
 }
+// Two bf16 times two.
+DEVICE u32 times(u32 a, u32 b) {
+    u32 product;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+    return product;
+}
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 as_bits(float value) { return __float_as_uint(value); }
 // 2^x and 1/sqrt(x) as the hardware has them: some 2 units in the last place.
@@ -90,6 +97,24 @@ DEVICE u64 shuffle_last(u64 value) { return __shfl_sync(0xffffffffu, value, 31);
 DEVICE bool any_of_warp(bool is) { return __any_sync(0xffffffffu, is); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
+// Adds 1 and returns what was there.
+DEVICE u32 atomic_next(u32* at) { return atomicAdd(at, 1u); }
+// What this thread stored is seen by whoever sees what it stores afterwards.
+DEVICE void fence() { __threadfence(); }
+
+// Where a device has them (9.0), kernels overlap with the one before: it says when the next may be started, which waits
+// before it touches anything that is not constant. Every kernel awaits, so order stays as if there were no overlap.
+// Whoever has much to read says so late: what the next one does would only take its bandwidth.
+DEVICE void begin_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE void await_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 #endif
 
@@ -102,6 +127,15 @@ DEVICE float from_bf16(bf16 value) { return as_float((u32)value << 16); }
 DEVICE float low(u32 both) { return as_float(both << 16); }
 DEVICE float high(u32 both) { return as_float(both & 0xffff0000u); }
 DEVICE bf16 to_bf16(float value) { return (bf16)(pack(value, 0.0f) & 0xffffu); }
+
+// Four e4m3 (a sign, 4 bits of exponent with bias 7, 3 of mantissa) as bf16, exactly: moved to where a bf16 has these
+// bits, they are 2^120 times too small.
+DEVICE uint2 widened(u32 four) {
+    u32 left = (four & 0xffu) | (four & 0xff00u) << 8, right = (four >> 16 & 0xffu) | (four >> 8 & 0xff0000u);
+    left = (left & 0x00800080u) << 8 | (left & 0x007f007fu) << 4;
+    right = (right & 0x00800080u) << 8 | (right & 0x007f007fu) << 4;
+    return make_uint2(times(left, 0x7b807b80u), times(right, 0x7b807b80u));
+}
 
 DEVICE uint4 load16(const bf16* from) { return load((const uint4*)from); }
 
@@ -158,3 +192,8 @@ struct Slot {
     u32 last;       // Newest token of prompt and output.
     u32 padding[2];
 };
+
+// Where 16 bytes of a row of SIZE bf16 are in shared memory: turned so that 8 rows of one column meet all banks.
+template <int SIZE> DEVICE u32 turned(u32 row, u32 chunk) {
+    return row * SIZE * 2 + ((chunk ^ (SIZE == 32 ? row >> 1 & 3 : row & 7)) << 4);
+}

@@ -1,4 +1,4 @@
-// Targets: compute_80
+// Targets: compute_80 compute_90a
 //
 // What is done row by row: embeddings and angles, norms, what happens to queries, keys and values before attention, and
 // SiLU. All are bound by memory: 16 bytes a thread where rows allow it.
@@ -24,6 +24,8 @@ DEVICE void sine_and_cosine(double angle, float& sine, float& cosine) {
 // of 8.
 KERNEL(256, 4) embed(const bf16* table, const u32* tokens, const u32* row_slots, const Slot* slots, const u32* positions,
                      const double* frequencies, float* stream, float2* angles, u32 hidden, u32 pairs) {
+    begin_next();
+    await_previous();
     u32 row = blockIdx.x;
     u32 token = load(tokens + row);
     if (token == LAST) token = load(&slots[load(row_slots + row)].last);
@@ -44,7 +46,9 @@ KERNEL(256, 4) embed(const bf16* table, const u32* tokens, const u32* row_slots,
 
 // out[i] = norm of stream[rows ? rows[i] : i] (RMSNorm, Zhang and Sennrich 2019). A block a row; hidden a multiple of 4.
 // Shared: a float a warp.
-KERNEL(1024, 1) rms_norm(const float* stream, const float* weight, const u32* rows, bf16* out, u32 hidden, float epsilon) {
+KERNEL(1024, 2) rms_norm(const float* stream, const float* weight, const u32* rows, bf16* out, u32 hidden, float epsilon) {
+    begin_next();
+    await_previous();
     SHARED_MEMORY(shared);
     u32 row = rows ? load(rows + blockIdx.x) : blockIdx.x;
     const float4* from = (const float4*)(stream + (u64)row * hidden);
@@ -67,6 +71,8 @@ KERNEL(1024, 1) rms_norm(const float* stream, const float* weight, const u32* ro
 KERNEL(256, 4) turn_and_store(const bf16* qkv, const float* bias, const float* query_norm, const float* key_norm,
                               const float2* angles, const u32* positions, const u32* starts, const u32* tables, Pool pool,
                               u32 layer, bf16* queries, u32 heads, u32 kv_heads, float epsilon) {
+    begin_next();
+    await_previous();
     u32 row = blockIdx.x, head = blockIdx.y * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     u32 size = pool.head_dim, half = size / 2;
     u32 position = load(positions + row);
@@ -120,6 +126,8 @@ KERNEL(256, 4) turn_and_store(const bf16* qkv, const float* bias, const float* q
 
 // out[row][i] = silu(gate) * up, from rows in which 8 gates and 8 ups take turns. A thread 8 of them; ffn a multiple of 8.
 KERNEL(256, 4) swiglu(const bf16* gate_up, bf16* out, u32 ffn) {
+    begin_next();
+    await_previous();
     u32 at = (blockIdx.x * 256 + threadIdx.x) * 8;
     if (at >= ffn) return;
     const bf16* from = gate_up + (u64)blockIdx.y * 2 * ffn + 2 * at;

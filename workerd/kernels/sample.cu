@@ -1,4 +1,4 @@
-// Targets: compute_80
+// Targets: compute_80 compute_90a
 //
 // How a token is chosen, on the device: the same rules as the host's sampler (`engine/sampling.rs`), so that a step can
 // be submitted before the one before it was read. Masses are whole numbers of 2^-40: sums do not depend on their order.
@@ -21,6 +21,8 @@ static const u32 IN_PROMPT = 0x80000000u;  // Of a count; the lower bits say how
 
 // A block a slot. counts[slot][vocab].
 KERNEL(1024, 1) open_slots(const Open* opens, const u32* history, Slot* slots, u32* counts, u32 vocab) {
+    begin_next();
+    await_previous();
     const Open* open = opens + blockIdx.x;
     u32 slot = load(&open->slot);
     if (threadIdx.x < sizeof(Slot) / 4) store((u32*)(slots + slot) + threadIdx.x, load((const u32*)&open->state + threadIdx.x));
@@ -126,6 +128,8 @@ DEVICE u32 last_kept(const float* weights, u32 vocab, u32 floor, u64 wanted, boo
 // [row][most]: token and log-probability. Shared: 34 words, then 2,048.
 KERNEL(1024, 1) sample(const float* logits, float* weights, const u32* sampled, Slot* slots, u32* counts, Chosen* chosen,
                        float2* alternatives, u32 vocab, u32 most) {
+    begin_next();
+    await_previous();
     SHARED_MEMORY(shared);
     u64 *scratch = (u64*)shared, *found = scratch + 32, *bins = scratch + 34;
     u32 number = load(sampled + blockIdx.x);

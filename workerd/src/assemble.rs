@@ -15,7 +15,7 @@ use baton_shared::os;
 use baton_shared::wire::auth::Keys;
 
 use crate::api::worker::{Limits, Worker, unix_seconds};
-use crate::backend::cuda::sys::driver;
+use crate::backend::cuda::sys::driver::{self, Features};
 use crate::backend::warm_up;
 use crate::config::{Secret, WorkerConfig};
 use crate::device::{Found, Loaded};
@@ -58,7 +58,7 @@ pub fn assemble(
         };
     let library = NixlLibrary::load(config.nixl.library_dir.as_deref())?;
     let device = config.engine.device.parse().expect("the configuration was checked");
-    let device = Found::find(device, |ordinal| driver::open(ordinal, true))?;
+    let device = Found::find(device, |ordinal| driver::open(ordinal, Features::default()))?;
     let path = &find_model(config, environment)?;
     let begun = Instant::now();
     tracing::info!(path = %path.display(), "loading the model");
@@ -172,7 +172,10 @@ impl Transports<'_> {
             tell(event);
         });
         let (serve, move_) = (self.opener(AgentRole::Serve), self.opener(AgentRole::Move));
-        Ok(Mover::start(serve, move_, regions, sink, self.settings)?)
+        let started = Mover::start(serve, move_, regions, sink, self.settings)?;
+        let (place, bytes) = (pool.region.place(), pool.region.bytes());
+        tracing::info!(%place, bytes, transport = "NIXL/UCX", "the pool is registered");
+        Ok(started)
     }
 
     fn opener(&self, role: AgentRole) -> OpenTransport {

@@ -74,6 +74,7 @@ static const Known* kernel_named(const char* name) {
 static void live() {
     Machine& m = *machine;
     m.call(m.arguments);
+    if (m.overlaps && !m.current->awaited) m.fail(Site{"end", 0}, "ends without `await_previous`");
     if (!m.current->copies.empty()) m.fail(Site{"end", 0}, "%zu copies were not waited for", m.current->copies.size());
     m.current->state = State::DONE;
     m.live--;
@@ -139,6 +140,7 @@ static void prepare(Machine& m) {
         thread.waits_in = nullptr;
         thread.copies.clear();
         thread.groups = 0;
+        thread.awaited = thread.early = false;
     }
 }
 
@@ -180,9 +182,10 @@ static void run_grid(Machine& m) {
 
 // A guard page was touched: reported as any other error. What no kernel did is somebody else's.
 static struct sigaction others;
-static void on_fault(int signal, siginfo_t* info, void*) {
+static void on_fault(int signal, siginfo_t* info, void* context) {
     Machine* m = machine;
     if (!m || !m->current) {
+        if (others.sa_flags & SA_SIGINFO) return others.sa_sigaction(signal, info, context);
         sigaction(signal, &others, nullptr);
         return;
     }
@@ -287,7 +290,7 @@ bool baton_launch(Machine* m, const char* name, const std::uint32_t* grid, std::
                   void** arguments) {
     const Known* known = kernel_named(name);
     m->current = nullptr;
-    m->failed = false;
+    m->failed = m->overlaps = false;
     m->error.clear();
     if (!known || threads == 0 || threads > known->most_threads) {
         m->error = std::string(name) + (known ? ": a block of too many threads" : ": there is no such kernel");

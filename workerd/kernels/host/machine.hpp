@@ -19,7 +19,7 @@ namespace host {
 const std::size_t PAGE = 4096, STACK = 64 << 10, LANES = 32;
 const int POISON = 0xff;  // Not a number, whatever it is read as.
 
-// Where in the sources something is asked for; as a default argument, where the caller is.
+// Where in the sources something is asked for. As the last parameters, SITE is where the caller is; HERE hands it on.
 struct Site {
     const char* file;
     int line;
@@ -28,7 +28,8 @@ struct Site {
         return slash ? slash + 1 : file;
     }
 };
-#define SITE host::Site site = host::Site{__builtin_FILE(), __builtin_LINE()}
+#define SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define HERE host::Site{file, line}
 
 struct Triple {
     std::uint32_t x, y, z;
@@ -61,7 +62,8 @@ struct Allocation {
     std::uint8_t* base;
     std::size_t bytes;
     std::vector<std::uint8_t> shadow;
-    bool dirty;
+    bool dirty;     // By the running kernel, or the last.
+    bool changing;  // By any kernel: not constant.
 };
 const std::uint8_t WRITTEN_EVER = 0x80, WRITTEN_NOW = 0x7f;
 
@@ -110,6 +112,9 @@ struct Thread {
     Group* waits_in;
     std::vector<Copy> copies;
     std::uint32_t groups;  // Of copies, committed.
+    bool awaited;          // The kernel before.
+    bool early;            // It touched what is not constant before that,
+    Site early_at;         // first here.
 };
 
 struct Machine;
@@ -130,7 +135,7 @@ struct Machine {
     void** arguments = nullptr;
     Triple grid{}, block{};
     std::uint32_t threads = 0, live = 0;
-    bool failed = false;
+    bool failed = false, overlaps = false;
     Guarded shared_memory;
     std::uint8_t* shared = nullptr;
     std::size_t shared_bytes = 0;
@@ -188,6 +193,7 @@ struct Machine {
     }
     void check_read(const void* pointer, std::size_t bytes, std::size_t alignment, Site site) {
         Allocation& in = access(pointer, bytes, alignment, "load", site);
+        if (in.changing) check_awaited(site);
         if (!strict) return;
         const std::uint8_t* shadow = in.shadow.data() + ((const std::uint8_t*)pointer - in.base);
         for (std::size_t i = 0; i < bytes; i++)
@@ -197,12 +203,29 @@ struct Machine {
     }
     void count_write(void* pointer, std::size_t bytes, std::size_t alignment, Site site) {
         Allocation& in = access(pointer, bytes, alignment, "store", site);
+        check_awaited(site);
         std::uint8_t* shadow = in.shadow.data() + ((std::uint8_t*)pointer - in.base);
-        in.dirty = true;
+        in.dirty = in.changing = true;
         for (std::size_t i = 0; i < bytes; i++) {
             if ((shadow[i] & WRITTEN_NOW) < WRITTEN_NOW) shadow[i]++;
             shadow[i] |= WRITTEN_EVER;
         }
+    }
+    void check_add(void* pointer, std::size_t bytes, Site site) {
+        check_read(pointer, bytes, bytes, site);
+        check_awaited(site);
+        access(pointer, bytes, bytes, "add", site).changing = true;
+    }
+    // A kernel that may begin before the one before it has ended touches only constants until it has waited for that.
+    void check_awaited(Site site) {
+        if (current->awaited || current->early) return;
+        current->early = true;
+        current->early_at = site;
+    }
+    void await() {
+        overlaps = true;
+        if (current->early) fail(current->early_at, "before `await_previous`");
+        current->awaited = true;
     }
     void check_shared(const void* pointer, std::size_t bytes, std::size_t alignment, const char* verb, Site site) {
         const std::uint8_t* at = (const std::uint8_t*)pointer;

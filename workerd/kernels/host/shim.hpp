@@ -19,6 +19,7 @@ static thread_local host::Triple threadIdx, blockIdx, blockDim, gridDim;
 
 #define BATON_HOST
 #define DEVICE [[maybe_unused]] static inline
+#define DEVICE_MEMBER inline
 #define KERNEL(threads, blocks) static void
 #define SHARED_MEMORY(name) std::uint8_t* const name = host::machine->shared
 
@@ -27,33 +28,37 @@ using std::min;
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 template <class T> DEVICE T load(const T* from, SITE) {
-    host::machine->check_read(from, sizeof(T), alignof(T), site);
+    host::machine->check_read(from, sizeof(T), alignof(T), HERE);
     return *from;
 }
 template <class T> DEVICE void store(T* to, T value, SITE) {
-    host::machine->count_write(to, sizeof(T), alignof(T), site);
+    host::machine->count_write(to, sizeof(T), alignof(T), HERE);
     *to = value;
 }
-DEVICE uint4 load_stream(const uint4* from, SITE) { return load(from, site); }
+DEVICE uint4 load_stream(const uint4* from, SITE) { return load(from, file, line); }
 // Counted apart from stores: nothing that a block adds to is written by one thread alone.
 DEVICE void atomic_add(unsigned* to, unsigned value, SITE) {
-    host::machine->check_read(to, sizeof *to, alignof(unsigned), site);
+    host::machine->check_add(to, sizeof *to, HERE);
     *to += value;
 }
+DEVICE unsigned atomic_next(unsigned* at, SITE) {
+    atomic_add(at, 1, file, line);
+    return *at - 1;
+}
 DEVICE void atomic_or(unsigned* to, unsigned value, SITE) {
-    host::machine->check_read(to, sizeof *to, alignof(unsigned), site);
+    host::machine->check_add(to, sizeof *to, HERE);
     *to |= value;
 }
 template <class T> DEVICE void shared_add(T* to, T value, SITE) {
-    host::machine->check_shared(to, sizeof(T), alignof(T), "add", site);
+    host::machine->check_shared(to, sizeof(T), alignof(T), "add", HERE);
     *to += value;
 }
 
 DEVICE void copy_async(void* to, const void* from, bool wanted, SITE) {
     host::Machine& m = *host::machine;
-    m.check_shared(to, 16, 16, "copy", site);
-    if (wanted) m.check_read(from, 16, 16, site);
-    else if ((std::uintptr_t)from % 16) m.fail(site, "copy from %p, which is not aligned", from);
+    m.check_shared(to, 16, 16, "copy", HERE);
+    if (wanted) m.check_read(from, 16, 16, HERE);
+    else if ((std::uintptr_t)from % 16) m.fail(HERE, "copy from %p, which is not aligned", from);
     // It may happen at any time from now on.
     std::memset(to, host::POISON, 16);
     m.current->copies.push_back({(std::uint8_t*)to, (const std::uint8_t*)from, wanted, m.current->groups});
@@ -70,13 +75,18 @@ template <int N> DEVICE void copy_wait() {
     me.copies.erase(std::remove_if(me.copies.begin(), me.copies.end(), is_over), me.copies.end());
 }
 
+// Blocks run one after the other: what one has stored, the next sees.
+DEVICE void fence() {}
+DEVICE void begin_next() { host::machine->overlaps = true; }
+DEVICE void await_previous() { host::machine->await(); }
+
 DEVICE void sync_block(SITE) {
     host::Machine& m = *host::machine;
-    m.meet(m.all, host::Meeting::BARRIER, site, [] {});
+    m.meet(m.all, host::Meeting::BARRIER, HERE, [] {});
 }
 DEVICE void sync_warp(SITE) {
     host::Machine& m = *host::machine;
-    m.meet(m.warp(), host::Meeting::SYNC_WARP, site, [] {});
+    m.meet(m.warp(), host::Meeting::SYNC_WARP, HERE, [] {});
 }
 
 // Each lane gets the value of the lane that `source` names for it.
@@ -94,18 +104,18 @@ template <class T, class Source> DEVICE T shuffle(T value, Source source, host::
     return value;
 }
 template <class T> DEVICE T shuffle_xor(T value, int mask, SITE) {
-    return shuffle(value, [mask](int lane) { return lane ^ mask; }, site);
+    return shuffle(value, [mask](int lane) { return lane ^ mask; }, HERE);
 }
 template <class T> DEVICE T shuffle_up(T value, int delta, SITE) {
-    return shuffle(value, [delta](int lane) { return lane >= delta ? lane - delta : lane; }, site);
+    return shuffle(value, [delta](int lane) { return lane >= delta ? lane - delta : lane; }, HERE);
 }
 template <class T> DEVICE T shuffle_last(T value, SITE) {
-    return shuffle(value, [](int) { return 31; }, site);
+    return shuffle(value, [](int) { return 31; }, HERE);
 }
 
 DEVICE bool any_of_warp(bool is, SITE) {
     unsigned any = is;
-    for (int mask = 16; mask > 0; mask /= 2) any |= shuffle_xor(any, mask, site);
+    for (int mask = 16; mask > 0; mask /= 2) any |= shuffle_xor(any, mask, file, line);
     return any;
 }
 
@@ -127,8 +137,8 @@ template <bool TRANSPOSED> DEVICE void matrices(unsigned (&v)[4], const void* ro
             }
     });
 }
-DEVICE void load_matrix(unsigned (&v)[4], const void* row, SITE) { matrices<false>(v, row, site); }
-DEVICE void load_matrix_transposed(unsigned (&v)[4], const void* row, SITE) { matrices<true>(v, row, site); }
+DEVICE void load_matrix(unsigned (&v)[4], const void* row, SITE) { matrices<false>(v, row, HERE); }
+DEVICE void load_matrix_transposed(unsigned (&v)[4], const void* row, SITE) { matrices<true>(v, row, HERE); }
 
 DEVICE float as_float(unsigned bits) {
     float value;
@@ -148,7 +158,7 @@ DEVICE void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
     const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
     std::memcpy(warp.fragments[m.lane()], mine, sizeof mine);
     warp.at[m.lane()] = c;
-    m.meet(warp, host::Meeting::MMA, site, [&] {
+    m.meet(warp, host::Meeting::MMA, HERE, [&] {
         float a[16][16], b[16][8], sum[16][8] = {};
         for (int lane = 0; lane < 32; lane++) {
             int g = lane / 4, t = lane % 4;
@@ -173,6 +183,10 @@ DEVICE unsigned rounded(float value) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 DEVICE unsigned pack(float low, float high) { return rounded(low) | rounded(high) << 16; }
+DEVICE unsigned times(unsigned a, unsigned b) {
+    auto value = [](unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; };
+    return pack(value(a << 16) * value(b << 16), value(a & 0xffff0000u) * value(b & 0xffff0000u));
+}
 DEVICE float fast_exp2(float x) {
     float y = std::exp2(x);
     return y < 1.17549435e-38f ? 0.0f : y;

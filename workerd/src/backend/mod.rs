@@ -49,7 +49,8 @@ pub trait Backend: Send {
     /// # Errors
     /// [`BackendError`]; the step did not happen.
     fn submit(&mut self, step: &StepPlan) -> Result<StepTicket, BackendError>;
-    /// The oldest uncollected step's outputs; waits for it. `out` is overwritten.
+    /// The oldest uncollected step's outputs; waits for it. `out` is overwritten. What the step wrote to the pool is
+    /// there for peers to read afterwards, though further steps may be under way.
     ///
     /// # Errors
     /// [`BackendError`]; the step's outputs are lost.

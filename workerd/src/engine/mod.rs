@@ -5,7 +5,7 @@ mod intake;
 pub mod iterations;
 pub mod output;
 mod pace;
-mod philox;
+pub(crate) mod philox;
 mod publish;
 mod pulls;
 pub mod rehearsal;

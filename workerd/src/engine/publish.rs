@@ -124,7 +124,9 @@ impl Engine {
         }
     }
 
-    /// The prompt's blocks are complete: they wait for their reader.
+    /// The prompt's blocks are complete: they wait for their reader. Transports wait for no device, but the step that
+    /// gave the first token was collected, and those with the rest of the prompt before it: all is written, however
+    /// many later steps are under way. None of them writes these blocks, as a context pass gets one sample only.
     fn finish_context(&mut self, id: SeqId, request: DisaggRequestId) {
         let blocks = self.scheduler.take_blocks(id);
         failpoint::reach(Point::ContextComputed);

@@ -188,7 +188,8 @@ impl Engine {
         }
     }
 
-    /// The sequence's blocks are there, the first `found` from the prefix cache: it may run.
+    /// The sequence's blocks are there, the first `found` from the prefix cache: it may run. No step before this one
+    /// was given them, so that a device needs no waiting for the transport: whatever reads them is submitted later.
     fn arrive(&mut self, id: SeqId, blocks: Blocks, found: u32) {
         let Some(sequence) = self.scheduler.get_mut(id) else { return };
         let cached_tokens = found * self.kv.layout.block_tokens;

@@ -5,14 +5,27 @@ use std::time::{Duration, Instant};
 
 use baton_shared::kv::layout::CopyRun;
 
-use super::{Op, PeerAddress, TransferId, TransferState, Transport};
+use super::{Ends, Op, PeerAddress, TransferId, TransferState, Transport};
 use crate::kv::region::Region;
 
 /// Longest wait of a check.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Opens an agent of that name.
-pub type Open<'a> = &'a mut dyn FnMut(&str) -> Box<dyn Transport>;
+/// What the suite runs over.
+pub struct Bench<'a> {
+    /// Opens an agent of that name.
+    pub open: &'a mut dyn FnMut(&str) -> Box<dyn Transport>,
+    /// Makes so many bytes of memory, for the side that posts.
+    pub near: &'a dyn Fn(usize) -> Region,
+    /// The same for its peer.
+    pub far: &'a dyn Fn(usize) -> Region,
+}
+
+/// Host memory at both sides.
+pub fn in_host_memory(open: &mut dyn FnMut(&str) -> Box<dyn Transport>) {
+    let host = |bytes| Region::host(bytes).unwrap();
+    suite(&mut Bench { open, near: &host, far: &host });
+}
 
 /// Bytes of each side's memory: 4,000 blocks of 16 KiB.
 const BYTES: usize = BLOCKS * BLOCK;
@@ -20,14 +33,32 @@ const BLOCKS: usize = 4000;
 const BLOCK: usize = 16 << 10;
 
 /// Every check in turn.
-pub fn suite(open: Open<'_>) {
-    one_long_run_arrives_whole_in_both_directions(open);
-    four_thousand_scattered_blocks_arrive_in_place_in_both_directions(open);
-    notifications_arrive_once_and_in_order_whatever_their_bytes(open);
-    data_that_was_read_stays_when_its_source_changes_after_the_notice(open);
-    data_that_was_written_is_there_when_its_notice_arrives(open);
-    a_lost_peer_is_an_error_and_its_next_start_works_at_once(open);
-    after_a_rebuild_nothing_is_written_and_everything_works(open);
+pub fn suite(bench: &mut Bench<'_>) {
+    one_long_run_arrives_whole_in_both_directions(bench);
+    four_thousand_scattered_blocks_arrive_in_place_in_both_directions(bench);
+    notifications_arrive_once_and_in_order_whatever_their_bytes(bench);
+    data_that_was_read_stays_when_its_source_changes_after_the_notice(bench);
+    data_that_was_written_is_there_when_its_notice_arrives(bench);
+    a_lost_peer_is_an_error_and_its_next_start_works_at_once(bench);
+    after_a_rebuild_nothing_is_written_and_everything_works(bench);
+}
+
+impl Bench<'_> {
+    fn near(&mut self, name: &str) -> Side {
+        self.side(name, (self.near)(BYTES))
+    }
+
+    fn far(&mut self, name: &str) -> Side {
+        self.side(name, (self.far)(BYTES))
+    }
+
+    fn side(&mut self, name: &str, memory: Region) -> Side {
+        memory.make_current().unwrap();
+        let mut transport = (self.open)(name);
+        transport.register(&memory).unwrap();
+        let address = transport.address().unwrap();
+        Side { transport, memory, address }
+    }
 }
 
 /// An agent with memory of its own.
@@ -38,14 +69,6 @@ struct Side {
 }
 
 impl Side {
-    fn new(open: Open<'_>, name: &str) -> Self {
-        let mut transport = open(name);
-        let memory = Region::host(BYTES).unwrap();
-        transport.register(&memory).unwrap();
-        let address = transport.address().unwrap();
-        Self { transport, memory, address }
-    }
-
     fn fill(&self, mark: u64) {
         for (at, start) in (0..BYTES).step_by(BLOCK).enumerate() {
             self.memory.write(start, &block(mark, at)).unwrap();
@@ -82,7 +105,11 @@ impl Side {
             })
             .collect();
         let id = self.transport.connect(&peer.address).unwrap();
-        self.transport.post(op, id, &runs).unwrap()
+        self.transport.post(op, id, self.ends(peer), &runs).unwrap()
+    }
+
+    fn ends(&self, peer: &Side) -> Ends {
+        Ends { near: self.memory.place(), far: peer.memory.place() }
     }
 
     fn finish(&mut self, id: TransferId) {
@@ -129,8 +156,8 @@ fn scattered() -> Vec<(usize, usize, usize)> {
     runs.map(|(from, to)| (from * BLOCK, to * BLOCK, BLOCK)).collect()
 }
 
-fn one_long_run_arrives_whole_in_both_directions(open: Open<'_>) {
-    let (mut near, far) = (Side::new(open, "long/near"), Side::new(open, "long/far"));
+fn one_long_run_arrives_whole_in_both_directions(bench: &mut Bench<'_>) {
+    let (mut near, far) = (bench.near("long/near"), bench.far("long/far"));
     far.fill(1);
     near.transfer(Op::Read, &far, &[(0, 0, BYTES)]);
     assert!(near.holds(0, BLOCKS, 1, 0));
@@ -139,8 +166,8 @@ fn one_long_run_arrives_whole_in_both_directions(open: Open<'_>) {
     assert!(far.holds(0, BLOCKS, 2, 0));
 }
 
-fn four_thousand_scattered_blocks_arrive_in_place_in_both_directions(open: Open<'_>) {
-    let (mut near, far) = (Side::new(open, "blocks/near"), Side::new(open, "blocks/far"));
+fn four_thousand_scattered_blocks_arrive_in_place_in_both_directions(bench: &mut Bench<'_>) {
+    let (mut near, far) = (bench.near("blocks/near"), bench.far("blocks/far"));
     let runs = scattered();
     far.fill(1);
     near.transfer(Op::Read, &far, &runs);
@@ -150,8 +177,8 @@ fn four_thousand_scattered_blocks_arrive_in_place_in_both_directions(open: Open<
     assert!(runs.iter().all(|&(from, to, _)| far.holds(to / BLOCK, 1, 2, from / BLOCK)));
 }
 
-fn notifications_arrive_once_and_in_order_whatever_their_bytes(open: Open<'_>) {
-    let (mut near, mut far) = (Side::new(open, "notes/near"), Side::new(open, "notes/far"));
+fn notifications_arrive_once_and_in_order_whatever_their_bytes(bench: &mut Bench<'_>) {
+    let (mut near, mut far) = (bench.near("notes/near"), bench.far("notes/far"));
     let peer = near.transport.connect(&far.address).unwrap();
     let sent: Vec<Vec<u8>> =
         (0..500_u32).map(|at| [&at.to_le_bytes()[..], &[0xff, 0]].concat()).collect();
@@ -164,8 +191,8 @@ fn notifications_arrive_once_and_in_order_whatever_their_bytes(open: Open<'_>) {
     assert_eq!(near.messages(1), [b"and back"]);
 }
 
-fn data_that_was_read_stays_when_its_source_changes_after_the_notice(open: Open<'_>) {
-    let (mut near, mut far) = (Side::new(open, "fence/near"), Side::new(open, "fence/far"));
+fn data_that_was_read_stays_when_its_source_changes_after_the_notice(bench: &mut Bench<'_>) {
+    let (mut near, mut far) = (bench.near("fence/near"), bench.far("fence/far"));
     for round in 0..3 {
         far.fill(round);
         near.transfer(Op::Read, &far, &[(0, 0, BYTES)]);
@@ -177,8 +204,8 @@ fn data_that_was_read_stays_when_its_source_changes_after_the_notice(open: Open<
     }
 }
 
-fn data_that_was_written_is_there_when_its_notice_arrives(open: Open<'_>) {
-    let (mut near, mut far) = (Side::new(open, "order/near"), Side::new(open, "order/far"));
+fn data_that_was_written_is_there_when_its_notice_arrives(bench: &mut Bench<'_>) {
+    let (mut near, mut far) = (bench.near("order/near"), bench.far("order/far"));
     for round in 0..3 {
         near.fill(round);
         near.transfer(Op::Write, &far, &[(0, 0, BYTES)]);
@@ -189,15 +216,16 @@ fn data_that_was_written_is_there_when_its_notice_arrives(open: Open<'_>) {
     }
 }
 
-fn a_lost_peer_is_an_error_and_its_next_start_works_at_once(open: Open<'_>) {
-    let (mut near, far) = (Side::new(open, "lost/near"), Side::new(open, "lost/far/1"));
+fn a_lost_peer_is_an_error_and_its_next_start_works_at_once(bench: &mut Bench<'_>) {
+    let (mut near, far) = (bench.near("lost/near"), bench.far("lost/far/1"));
     near.transfer(Op::Read, &far, &[(0, 0, BLOCK)]);
     let peer = near.transport.connect(&far.address).unwrap();
     let run = CopyRun { source: far.memory.base(), target: near.memory.base(), len: BLOCK as u64 };
+    let ends = near.ends(&far);
     // The memory stays mapped: over TCP a read of memory that is gone would end the owner's process, which is ours.
     let Side { transport, memory: _mapped, .. } = far;
     drop(transport);
-    wait(|| match near.transport.post(Op::Read, peer, &[run]) {
+    wait(|| match near.transport.post(Op::Read, peer, ends, &[run]) {
         Err(_) => Some(()),
         Ok(id) => wait(|| match near.transport.poll(id) {
             TransferState::Running => None,
@@ -207,14 +235,14 @@ fn a_lost_peer_is_an_error_and_its_next_start_works_at_once(open: Open<'_>) {
         }),
     });
     near.transport.forget(peer);
-    let again = Side::new(open, "lost/far/2");
+    let again = bench.far("lost/far/2");
     again.fill(3);
     near.transfer(Op::Read, &again, &[(0, 0, BYTES)]);
     assert!(near.holds(0, BLOCKS, 3, 0));
 }
 
-fn after_a_rebuild_nothing_is_written_and_everything_works(open: Open<'_>) {
-    let (mut near, far) = (Side::new(open, "rebuild/near"), Side::new(open, "rebuild/far"));
+fn after_a_rebuild_nothing_is_written_and_everything_works(bench: &mut Bench<'_>) {
+    let (mut near, far) = (bench.near("rebuild/near"), bench.far("rebuild/far"));
     far.fill(1);
     let id = near.post(Op::Read, &far, &[(0, 0, BYTES)]);
     near.transport.rebuild().unwrap();
@@ -227,8 +255,18 @@ fn after_a_rebuild_nothing_is_written_and_everything_works(open: Open<'_>) {
 }
 
 #[test]
-fn the_in_process_transport_conforms() {
+fn the_in_process_transport_conforms_wherever_the_memory_is() {
     use super::local::{LocalNet, LocalTransport};
-    let net = LocalNet::new();
-    suite(&mut |name| Box::new(LocalTransport::new(&net, name).unwrap()));
+    use crate::kv::fake_device::FakeDevice;
+    let host = |bytes| Region::host(bytes).unwrap();
+    let first = |bytes| FakeDevice::region(0, bytes);
+    let second = |bytes| FakeDevice::region(1, bytes);
+    let kinds: [&dyn Fn(usize) -> Region; 3] = [&host, &first, &second];
+    for (near, far) in [(0, 0), (1, 0), (0, 1), (1, 2)] {
+        let net = LocalNet::new();
+        let open = &mut |name: &str| -> Box<dyn Transport> {
+            Box::new(LocalTransport::new(&net, name).unwrap())
+        };
+        suite(&mut Bench { open, near: kinds[near], far: kinds[far] });
+    }
 }

@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use baton_shared::kv::layout::CopyRun;
 
 use super::{
-    Op, PeerAddress, PeerId, Registration, TransferId, TransferState, Transport, TransportError,
+    Ends, Op, PeerAddress, PeerId, Registration, TransferId, TransferState, Transport,
+    TransportError,
 };
-use crate::kv::region::Region;
+use crate::kv::region::{Place, Region};
 
 /// Longest piece that is copied at once, in bytes.
 const BOUNCE: usize = 1 << 20;
@@ -96,6 +97,7 @@ pub struct LocalTransport {
 struct Transfer {
     op: Op,
     peer: String,
+    ends: Ends,
     runs: Vec<CopyRun>,
 }
 
@@ -172,20 +174,22 @@ impl Transport for LocalTransport {
         &mut self,
         op: Op,
         peer: PeerId,
+        ends: Ends,
         runs: &[CopyRun],
     ) -> Result<TransferId, TransportError> {
         let peer = self.peer(peer)?.to_owned();
         let mut state = self.net.lock();
         reachable(&mut state, &peer)?;
+        let transfer = Transfer { op, peer: peer.clone(), ends, runs: runs.to_vec() };
         for run in runs {
-            pieces(&state, op, &self.name, &peer, run)?;
+            transfer.pieces(&state, &self.name, run)?;
         }
         let id = TransferId(self.posted);
         self.posted += 1;
         let in_flight = 1 + self.transfers.values().filter(|other| other.peer == peer).count();
-        let most = state.most_in_flight.entry(peer.clone()).or_default();
+        let most = state.most_in_flight.entry(peer).or_default();
         *most = in_flight.max(*most);
-        self.transfers.insert(id, Transfer { op, peer, runs: runs.to_vec() });
+        self.transfers.insert(id, transfer);
         Ok(id)
     }
 
@@ -218,8 +222,7 @@ impl Transport for LocalTransport {
             return TransferState::Running;
         }
         let outcome = reachable(&mut state, &transfer.peer).map(|_| ()).and_then(|()| {
-            let copy = |run| copy(&state, transfer.op, &self.name, &transfer.peer, run);
-            transfer.runs.iter().try_for_each(copy)
+            transfer.runs.iter().try_for_each(|run| transfer.copy(&state, &self.name, run))
         });
         self.transfers.remove(&id);
         match outcome {
@@ -259,44 +262,41 @@ fn broken(call: &'static str, reason: String) -> TransportError {
     TransportError::Broken { call, reason }
 }
 
-/// Regions and offsets of a run: where it is read, where it is written.
-fn pieces<'a>(
-    state: &'a State,
-    op: Op,
-    ours: &str,
-    theirs: &str,
-    run: &CopyRun,
-) -> Result<[(&'a Region, usize); 2], TransportError> {
-    let (source, target) = match op {
-        Op::Read => (theirs, ours),
-        Op::Write => (ours, theirs),
-    };
-    let find = |name: &str, address: u64| {
-        let regions = state.agents.get(name).map_or(&[][..], |agent| &agent.regions);
-        let found = regions.iter().find_map(|region| {
-            let offset = address.checked_sub(region.base())?;
-            (offset.checked_add(run.len)? <= region.bytes() as u64).then_some((region, offset))
-        });
-        let missing = || unreachable(name, "it registered no such memory");
-        found.map(|(region, offset)| (region, offset as usize)).ok_or_else(missing)
-    };
-    Ok([find(source, run.source)?, find(target, run.target)?])
-}
-
-fn copy(
-    state: &State,
-    op: Op,
-    ours: &str,
-    theirs: &str,
-    run: &CopyRun,
-) -> Result<(), TransportError> {
-    let [(source, from), (target, to)] = pieces(state, op, ours, theirs, run)?;
-    let len = usize::try_from(run.len).unwrap_or(usize::MAX);
-    let mut bounce = vec![0; len.min(BOUNCE)];
-    for start in (0..len).step_by(BOUNCE) {
-        let piece = &mut bounce[..BOUNCE.min(len - start)];
-        source.read(from + start, piece).map_err(|reason| broken("reading memory", reason))?;
-        target.write(to + start, piece).map_err(|reason| broken("writing memory", reason))?;
+impl Transfer {
+    /// Regions and offsets of a run: where it is read, where it is written.
+    fn pieces<'a>(
+        &self,
+        state: &'a State,
+        ours: &str,
+        run: &CopyRun,
+    ) -> Result<[(&'a Region, usize); 2], TransportError> {
+        let (near, far) = ((ours, self.ends.near), (self.peer.as_str(), self.ends.far));
+        let (source, target) = match self.op {
+            Op::Read => (far, near),
+            Op::Write => (near, far),
+        };
+        let find = |(name, place): (&str, Place), address: u64| {
+            let regions = state.agents.get(name).map_or(&[][..], |agent| &agent.regions);
+            let there = regions.iter().filter(|region| region.place() == place);
+            let found = there.into_iter().find_map(|region| {
+                let offset = address.checked_sub(region.base())?;
+                (offset.checked_add(run.len)? <= region.bytes() as u64).then_some((region, offset))
+            });
+            let missing = || unreachable(name, &format!("it registered no such {place}"));
+            found.map(|(region, offset)| (region, offset as usize)).ok_or_else(missing)
+        };
+        Ok([find(source, run.source)?, find(target, run.target)?])
     }
-    Ok(())
+
+    fn copy(&self, state: &State, ours: &str, run: &CopyRun) -> Result<(), TransportError> {
+        let [(source, from), (target, to)] = self.pieces(state, ours, run)?;
+        let len = usize::try_from(run.len).unwrap_or(usize::MAX);
+        let mut bounce = vec![0; len.min(BOUNCE)];
+        for start in (0..len).step_by(BOUNCE) {
+            let piece = &mut bounce[..BOUNCE.min(len - start)];
+            source.read(from + start, piece).map_err(|reason| broken("reading memory", reason))?;
+            target.write(to + start, piece).map_err(|reason| broken("writing memory", reason))?;
+        }
+        Ok(())
+    }
 }

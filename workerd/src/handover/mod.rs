@@ -18,7 +18,7 @@ use baton_shared::kv::layout::CopyRun;
 use baton_shared::kv::record::RankBlocks;
 use baton_shared::wire::error::ErrorCode;
 
-use crate::kv::region::Region;
+use crate::kv::region::{Place, Region};
 
 /// How a peer's agent is reached. Its metadata is a secret: it travels only inside records.
 #[derive(Clone, PartialEq, Eq)]
@@ -56,6 +56,20 @@ pub enum Op {
     Write,
 }
 
+/// Where the memory at both ends of a transfer is. A transport registers, and names, memory by place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ends {
+    /// Ours.
+    pub near: Place,
+    /// The peer's: a device's ordinal is the one it has there.
+    pub far: Place,
+}
+
+impl Ends {
+    /// Host memory at both.
+    pub const HOST: Self = Self { near: Place::Host, far: Place::Host };
+}
+
 /// Where a transfer stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TransferState {
@@ -91,17 +105,20 @@ pub enum TransportError {
 /// Moves bytes between registered regions. Called on the mover thread only. Addresses in [`CopyRun`] are absolute
 /// here: `source` in the peer's process, `target` in ours (for [`Op::Read`]; the other way round for `Write`).
 pub trait Transport {
-    /// Lets peers read and write a region, and us use it as a local end. Before the first [`Self::address`].
+    /// Lets peers read and write a region, and us use it as a local end. Before the first [`Self::address`]. A device's
+    /// context ([`Region::make_current`]) has been current on this thread since before the transport was opened.
     fn register(&mut self, region: &Region) -> Result<Registration, TransportError>;
     /// How peers reach us; after registering.
     fn address(&mut self) -> Result<PeerAddress, TransportError>;
     /// Cached for each agent name.
     fn connect(&mut self, peer: &PeerAddress) -> Result<PeerId, TransportError>;
-    /// Starts a transfer. Its memory stays in use until `poll` gives an end.
+    /// Starts a transfer, all of whose runs have the same two [`Ends`]. Its memory stays in use until `poll` gives an
+    /// end. It waits for no work of a device: what is read has been written before, for good.
     fn post(
         &mut self,
         op: Op,
         peer: PeerId,
+        ends: Ends,
         runs: &[CopyRun],
     ) -> Result<TransferId, TransportError>;
     /// Sends a short message (below 1 kB), after all transfers to that peer that have ended.

@@ -253,13 +253,18 @@ fn open(
     regions: &MoverRegions,
     settings: MoverSettings,
 ) -> Result<Opened, MoverError> {
+    // A transport looks for devices when it is opened, and at memory when that is registered: on this thread.
+    regions.pool.make_current().map_err(|reason| TransportError::Broken {
+        call: "making the pool's device current",
+        reason,
+    })?;
     let mut serve = serve()?;
     serve.register(&regions.pool)?;
     serve.register(&regions.epochs)?;
     let address = serve.address()?;
     let mut move_ = move_()?;
     move_.register(&regions.pool)?;
-    Ok((serve, Pulls::new(move_, settings)?, address))
+    Ok((serve, Pulls::new(move_, regions.pool.place(), settings)?, address))
 }
 
 /// State of the thread.

@@ -47,7 +47,7 @@ pub fn leased_blocks(
             agent: serve.agent.clone(),
             metadata: serve.metadata.clone(),
             pool_base: pool.region.base(),
-            device: None,
+            device: pool.region.place().device(),
             layout: pool.layout.clone(),
             epoch_address: lease.epoch_address,
             epoch: lease.epoch,

@@ -91,9 +91,6 @@ fn fits(record: &Record, local: &Local<'_>) -> Result<(), String> {
     let [rank] = leased.ranks.as_slice() else {
         return Err(format!("it has {} ranks there and 1 here", leased.ranks.len()));
     };
-    if let Some(device) = rank.device {
-        return Err(format!("the pool is on device {device} there and in host memory here"));
-    }
     layout::same_shape(&rank.layout, local.layout).map_err(|error| error.to_string())?;
     for (what, theirs, ours) in [
         ("layers", &rank.layout.layers, &local.layout.layers),
@@ -161,9 +158,11 @@ mod tests {
     use super::super::PeerAddress;
     use super::super::offer::{self, Identity, OfferedLease};
     use super::*;
+    use crate::kv::fake_device::FakeDevice;
     use crate::kv::region::Region;
     use baton_shared::id::{Incarnation, LeaseId};
     use baton_shared::kv::layout::KvDtype;
+    use baton_shared::wire::auth::Keys;
 
     const REQUEST: DisaggRequestId = DisaggRequestId(1 << 41);
     const PROMPT: [u32; 70] = [5; 70];
@@ -220,6 +219,22 @@ mod tests {
     }
 
     #[test]
+    fn a_pool_in_device_memory_is_offered_as_such_and_fits_one_in_host_memory() {
+        let KvRegion { region, layout } = pool(16, 2);
+        let device = FakeDevice::region(2, region.bytes());
+        let theirs = KvRegion { region: device, layout: layout.clone() };
+        let ours = KvRegion { region, layout };
+        let text = offered(&theirs, &[2, 3, 9]).encode_text(&Keys::none()).unwrap();
+        let record = Record::decode_text(&text, &Keys::none()).unwrap();
+        let rank = &record.lease.as_ref().unwrap().ranks[0];
+        assert_eq!((rank.device, rank.pool_base), (Some(2), theirs.region.base()));
+        assert_eq!(answer(&record, &ours, CLAIM), Ok(()));
+        let record = offered(&ours, &[2, 3, 9]);
+        assert_eq!(record.lease.as_ref().unwrap().ranks[0].device, None);
+        assert_eq!(answer(&record, &theirs, CLAIM), Ok(()));
+    }
+
+    #[test]
     fn a_record_of_another_request_prompt_or_salt_is_invalid() {
         let pool = pool(16, 2);
         let record = offered(&pool, &[2, 3, 9]);
@@ -247,8 +262,6 @@ mod tests {
         let mut tokens = offered(&ours, &[2, 3, 9]);
         tokens.lease.as_mut().unwrap().ranks[0].layout =
             KvLayout::block_major(KvDtype::Bf16, 16, 64, 16, 0..2, 0..3);
-        let mut device = offered(&ours, &[2, 3, 9]);
-        device.lease.as_mut().unwrap().ranks[0].device = Some(0);
         let mut ranks = offered(&ours, &[2, 3, 9]);
         let second = ranks.lease.as_ref().unwrap().ranks[0].clone();
         ranks.lease.as_mut().unwrap().ranks.push(second);
@@ -256,7 +269,6 @@ mod tests {
             (revision, "fingerprint 080808080808 there, 090909090909 here"),
             (layers, "layers 0..3 there and 0..2 here"),
             (tokens, "`block_tokens` is 16 there and 32 here"),
-            (device, "device 0 there"),
             (ranks, "2 ranks there"),
         ] {
             let (code, message) = answer(&record, &ours, CLAIM).unwrap_err();

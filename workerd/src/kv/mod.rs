@@ -2,6 +2,8 @@
 
 mod block;
 pub mod events;
+#[cfg(test)]
+pub mod fake_device;
 mod free_list;
 pub mod host_memory;
 pub mod lease;

@@ -19,6 +19,21 @@ pub enum Place {
     Cuda(u32),
 }
 
+impl Place {
+    /// The device's ordinal, as hand-over records have it: `None` = host memory.
+    pub fn device(self) -> Option<u32> {
+        match self {
+            Self::Host => None,
+            Self::Cuda(ordinal) => Some(ordinal),
+        }
+    }
+
+    /// The place that a hand-over record names.
+    pub fn of_device(device: Option<u32>) -> Self {
+        device.map_or(Self::Host, Self::Cuda)
+    }
+}
+
 impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -240,5 +255,44 @@ impl EpochPage {
     pub fn bump(&self, slot: usize) {
         self.memory.word(slot).fetch_add(1, Ordering::AcqRel);
         fence(Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kv::fake_device::FakeDevice;
+
+    #[test]
+    fn both_kinds_of_memory_are_read_written_and_copied() {
+        for (region, place) in [
+            (Region::host(4096).unwrap(), Place::Host),
+            (FakeDevice::region(3, 4096), Place::Cuda(3)),
+        ] {
+            assert_eq!((region.place(), region.bytes()), (place, 4096));
+            assert_eq!(Place::of_device(place.device()), place);
+            let mut bytes = [1; 4];
+            region.read(4092, &mut bytes).unwrap();
+            assert_eq!(bytes, [0; 4]);
+            region.write(4092, &[5, 6, 7, 8]).unwrap();
+            region.copy_within(4092, 10, 4).unwrap();
+            region.read(10, &mut bytes).unwrap();
+            assert_eq!(bytes, [5, 6, 7, 8]);
+        }
+    }
+
+    #[test]
+    fn what_is_outside_never_reaches_the_driver() {
+        let device = FakeDevice::new(0, 4096);
+        device.fail();
+        let region = Region::device(device);
+        let outside = |access: &dyn Fn()| {
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(access)).unwrap_err();
+        };
+        outside(&|| region.read(4093, &mut [0; 4]).unwrap_or_default());
+        outside(&|| region.write(usize::MAX, &[0; 4]).unwrap_or_default());
+        outside(&|| region.copy_within(0, 4093, 4).unwrap_or_default());
+        outside(&|| region.copy_within(0, 3, 4).unwrap_or_default());
+        assert_eq!(region.write(0, &[0; 4]).unwrap_err(), "the fake driver was told to fail");
     }
 }

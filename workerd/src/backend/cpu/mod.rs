@@ -280,4 +280,4 @@ fn layout(spec: &ModelSpec, options: &CpuOptions) -> KvLayout {
 }
 
 #[cfg(test)]
-mod tests;
+pub mod tests;

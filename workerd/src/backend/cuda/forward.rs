@@ -9,9 +9,8 @@ use baton_shared::kv::layout::KvLayout;
 
 use super::inputs::Places;
 use super::sys::buffer::{Buffer, View};
-use super::sys::launch::{
-    CHOSEN_BYTES, Dims, Kernels, MOST_SPLITS, Mode, PoolLayer, Rows, SLOT_BYTES,
-};
+use super::sys::launch::{CHOSEN_BYTES, Dims, Kernels, MOST_SPLITS, PoolLayer, Rows, SLOT_BYTES};
+use super::sys::products::{Mode, Spare};
 use super::sys::{Gpu, GpuError};
 use super::weights::Weights;
 
@@ -41,9 +40,12 @@ pub struct Arena {
     attended: Buffer,
     /// bf16 `[row][2 ffn]`, where the vendor's library multiplies.
     gate_up: Buffer,
+    /// bf16, the largest matrix of one byte.
+    wide: Buffer,
     activated: Buffer,
     sums: Buffer,
     states: Buffer,
+    ended: Buffer,
     logits: Buffer,
     weights: Buffer,
 }
@@ -59,14 +61,16 @@ pub struct Work {
     pub splits: u32,
 }
 
-/// How many parts the attention of so many sequences is cut into: two blocks for each multiprocessor.
+/// How many parts the attention of so many sequences is cut into: at most two blocks for each multiprocessor, which is
+/// what it holds at a time.
 pub fn splits(dims: &Dims, multiprocessors: u32, decodes: u32) -> u32 {
     let blocks = decodes.max(1) * dims.kv_heads * (dims.heads / dims.kv_heads).div_ceil(16);
-    (2 * multiprocessors).div_ceil(blocks).clamp(1, MOST_SPLITS)
+    (2 * multiprocessors / blocks).clamp(1, MOST_SPLITS)
 }
 
 impl Arena {
-    /// For steps of at most `rows` rows of `sequences` sequences, whose block tables have `table` blocks at most.
+    /// For steps of at most `rows` rows of `sequences` sequences, whose block tables have `table` blocks at most; the
+    /// largest matrix of weights of one byte has `wide` elements.
     ///
     /// # Errors
     /// [`GpuError`].
@@ -76,6 +80,7 @@ impl Arena {
         rows: u32,
         sequences: u32,
         table: u32,
+        wide: usize,
     ) -> Result<Self, GpuError> {
         let (r, s) = (rows as usize, sequences as usize);
         let [hidden, ffn, vocab] = [dims.hidden, dims.ffn, dims.vocab].map(|n| n as usize);
@@ -101,13 +106,16 @@ impl Arena {
             queries: buffer(r * heads * size * 2)?,
             attended: buffer(r * heads * size * 2)?,
             gate_up: buffer(if gpu.has_blas() { r * ffn * 4 } else { 0 })?,
+            wide: buffer(wide * 2)?,
             activated: buffer(r * ffn * 2)?,
             sums: buffer(parts * size * 4)?,
             states: buffer(parts * 8)?,
+            ended: buffer(s * heads * 4)?,
             logits: buffer(s * vocab * 4)?,
             weights: buffer(s * vocab * 4)?,
         };
         // Rows of nobody are computed with whatever is there: let it be numbers.
+        arena.ended.fill(0)?;
         for buffer in [&arena.slots, &arena.queries, &arena.attended, &arena.qkv, &arena.stream] {
             buffer.fill(0)?;
         }
@@ -116,6 +124,10 @@ impl Arena {
 
     fn words(&self, at: usize, count: u32) -> View<'_> {
         self.inputs.view().part(4 * at, 4 * count as usize)
+    }
+
+    fn spare(&self) -> Spare<'_> {
+        Spare { gate_up: self.gate_up.view(), wide: self.wide.view() }
     }
 
     /// The rows of a step whose inputs lie at `places`.
@@ -145,7 +157,7 @@ pub fn run(
 ) -> Result<(), GpuError> {
     let Work { places, .. } = *work;
     let (dims, rows) = (&weights.dims, arena.rows(places));
-    let (stream, normed, spare) = (arena.stream.view(), arena.normed.view(), arena.gate_up.view());
+    let (stream, normed, spare) = (arena.stream.view(), arena.normed.view(), arena.spare());
     kernels.embed(
         dims,
         &weights.embedding,
@@ -191,7 +203,7 @@ fn attend(
 ) -> Result<(), GpuError> {
     let (queries, attended) = (arena.queries.view(), arena.attended.view());
     if work.decodes > 0 {
-        let parts = (arena.sums.view(), arena.states.view());
+        let parts = [arena.sums.view(), arena.states.view(), arena.ended.view()];
         let (count, splits) = (work.decodes, work.splits);
         kernels.decode_attention(dims, queries, rows, count, splits, pool, parts, attended)?;
     }
@@ -214,8 +226,7 @@ fn choose(
     let rows = arena.words(places.sampled_rows(), count);
     let norm = weights.final_norm.view();
     kernels.rms_norm(dims, arena.stream.view(), norm, Some(rows), count, normed)?;
-    let spare = arena.gate_up.view();
-    kernels.multiply(Mode::F32, weights.head(), normed, count, logits, spare)?;
+    kernels.multiply(Mode::F32, weights.head(), normed, count, logits, arena.spare())?;
     kernels.sample(
         dims,
         logits,

@@ -4,6 +4,8 @@
 //! are graphs, one for each bucket of batch sizes; all others are launched kernel by kernel. A sequence's numbers depend,
 //! within rounding, on how many rows are computed beside it: products of few and of many rows add in different orders.
 
+#[cfg(test)]
+pub mod emulated;
 pub mod flights;
 pub mod forward;
 pub mod inputs;
@@ -140,7 +142,14 @@ impl CudaBackend {
         let weights = Weights::load(gpu, source)?;
         let (rows, sequences) = (options.max_batch_tokens, options.max_sequences);
         let table = options.max_len.div_ceil(options.block_tokens);
-        let arena = Arena::new(gpu, &weights.dims, rows.max(sequences), sequences, table)?;
+        let arena = Arena::new(
+            gpu,
+            &weights.dims,
+            rows.max(sequences),
+            sequences,
+            table,
+            weights.widest(),
+        )?;
         let layout = layout(gpu, &spec, options)?;
         let memory = Arc::new(PoolMemory::new(gpu, layout.bytes() as usize)?);
         let open = || Buffer::new(gpu, "slots", 1 << 16);
@@ -360,3 +369,6 @@ fn layout(
     layout.validate()?;
     Ok(layout)
 }
+
+#[cfg(test)]
+mod tests;

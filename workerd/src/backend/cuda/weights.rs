@@ -7,7 +7,8 @@ use half::bf16;
 
 use super::CudaError;
 use super::sys::buffer::Buffer;
-use super::sys::launch::{Dims, Matrix};
+use super::sys::launch::Dims;
+use super::sys::products::{Format, Matrix};
 use super::sys::{Gpu, GpuError};
 use crate::backend::cpu::check;
 use crate::model::{ModelSpec, Source, Weight, WeightType, dequantize, parallel};
@@ -125,6 +126,14 @@ impl Weights {
         Ok(weights)
     }
 
+    /// Elements of the largest matrix of one byte.
+    pub fn widest(&self) -> usize {
+        let blocks = self.blocks.iter();
+        let all = blocks.flat_map(|b| [&b.qkv, &b.output, &b.gate_up, &b.down]).chain(&self.head);
+        let narrow = all.filter(|matrix| matches!(matrix.format, Format::F8(_)));
+        narrow.map(|matrix| matrix.n as usize * matrix.k as usize).max().unwrap_or(0)
+    }
+
     /// The last product's.
     pub fn head(&self) -> &Matrix {
         self.head.as_ref().unwrap_or(&self.embedding)
@@ -146,7 +155,7 @@ fn matrix(gpu: &Arc<dyn Gpu>, parts: &[&Weight]) -> Result<Matrix, GpuError> {
         buffer.write(offset, &bytes)?;
         offset += bytes.len();
     }
-    Ok(Matrix { buffer, n: n as u32, k: k as u32 })
+    Ok(Matrix { buffer, format: Format::Bf16, n: n as u32, k: k as u32 })
 }
 
 /// Two matrices of equal shape, [`TURN`] rows of either in turn.
@@ -160,7 +169,7 @@ fn in_turn(gpu: &Arc<dyn Gpu>, gate: &Weight, up: &Weight) -> Result<Matrix, Gpu
         right.copy_from_slice(&ups[number * turn..][..turn]);
     });
     let buffer = Buffer::with(gpu, "weights", &both)?;
-    Ok(Matrix { buffer, n: 2 * gate.rows as u32, k: gate.cols as u32 })
+    Ok(Matrix { buffer, format: Format::Bf16, n: 2 * gate.rows as u32, k: gate.cols as u32 })
 }
 
 /// Row-major bf16, rounded to nearest even.

@@ -9,6 +9,7 @@ use baton_shared::wire::error::ErrorCode;
 
 use super::super::{PeerAddress, PeerId, PullId, TransferId};
 use super::route::Probe;
+use crate::kv::region::Place;
 
 /// One accepted job.
 pub(super) struct Pull {
@@ -28,6 +29,8 @@ pub(super) struct Pull {
 pub(super) struct Part {
     pub address: PeerAddress,
     pub peer: PeerId,
+    /// Where its pool is; epochs are in host memory.
+    pub place: Place,
     pub epoch_address: u64,
     pub epoch: u64,
     pub slot: Option<usize>,

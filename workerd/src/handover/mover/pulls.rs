@@ -14,14 +14,15 @@ use baton_shared::kv::record::RankBlocks;
 use baton_shared::wire::error::ErrorCode;
 
 use super::super::{
-    MoverEvent, Op, PeerAddress, PeerId, PullId, PullJob, TransferState, Transport, TransportError,
+    Ends, MoverEvent, Op, PeerAddress, PeerId, PullId, PullJob, TransferState, Transport,
+    TransportError,
 };
 use super::peers::{Peers, PeersSeen, Room};
 use super::pull::{Failure, Part, Pull, Request, Stage, requests, unreachable};
 use super::{MoverError, MoverSettings, write_notice};
 use crate::failpoint::{self, Point};
 use crate::kv::host_memory::HostMemory;
-use crate::kv::region::Region;
+use crate::kv::region::{Place, Region};
 
 /// Epoch words that can be on their way at once.
 const LANDING_SLOTS: usize = 512;
@@ -31,6 +32,8 @@ pub(super) struct Pulls {
     /// In order of arrival. Before `landing`: the agent goes before the memory.
     pulls: Vec<Pull>,
     transport: Box<dyn Transport>,
+    /// Where our pool is.
+    pool: Place,
     landing: HostMemory,
     free_slots: Vec<usize>,
     peers: Peers,
@@ -44,6 +47,7 @@ pub(super) struct Pulls {
 impl Pulls {
     pub fn new(
         mut transport: Box<dyn Transport>,
+        pool: Place,
         settings: MoverSettings,
     ) -> Result<Self, MoverError> {
         let landing = HostMemory::zeroed(LANDING_SLOTS * 8)?;
@@ -51,6 +55,7 @@ impl Pulls {
         Ok(Self {
             pulls: Vec::new(),
             transport,
+            pool,
             landing,
             free_slots: (0..LANDING_SLOTS).rev().collect(),
             peers: Peers::default(),
@@ -163,6 +168,7 @@ impl Pulls {
         Ok(Part {
             address,
             peer,
+            place: Place::of_device(rank.device),
             epoch_address: rank.epoch_address,
             epoch: rank.epoch,
             slot: None,
@@ -289,8 +295,14 @@ impl Pulls {
     /// Posts what the peers' windows allow, and at most a window's worth: where a post copies, a long pull would
     /// keep everything else waiting. Whether anything was posted.
     fn post(&mut self, pull: &mut Pull) -> Result<bool, Failure> {
-        let (worker, mut progress) = (&pull.worker, false);
+        let (worker, stage, mut progress) = (&pull.worker, pull.stage, false);
         for part in &mut pull.parts {
+            let ends = match stage {
+                Stage::Epoch => Ends::HOST,
+                Stage::Blocks | Stage::Settling { .. } | Stage::Over => {
+                    Ends { near: self.pool, far: part.place }
+                }
+            };
             for _ in 0..self.settings.window.min(part.waiting.len()) {
                 match self.peers.room(part.peer, self.settings.window) {
                     Room::Free => {}
@@ -302,7 +314,7 @@ impl Pulls {
                 let Some(runs) = part.waiting.pop_front() else { break };
                 failpoint::reach(Point::PullPost);
                 let probe = self.peers.probe(part.peer, &runs);
-                let posted = self.transport.post(Op::Read, part.peer, &runs);
+                let posted = self.transport.post(Op::Read, part.peer, ends, &runs);
                 let id = posted.map_err(|error| {
                     if let TransportError::Unreachable { .. } = error {
                         self.peers.lost(part.peer);

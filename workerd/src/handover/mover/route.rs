@@ -1,7 +1,8 @@
 //! Which way a peer's bytes come. The transport does not tell, so it is found out from what a request of some size
 //! did to the kernel's count of received bytes, and from whether it was over when its post returned.
 //!
-//! Bytes that no socket saw are taken for copied memory; an RDMA adapter's would be, too.
+//! Bytes that no socket saw are taken for copied memory: so are those between devices of one host, and an RDMA
+//! adapter's would be, too.
 
 use baton_shared::kv::layout::CopyRun;
 

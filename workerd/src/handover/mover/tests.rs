@@ -1,11 +1,14 @@
 //! Pulls over the in-process transport: step by step with a made-up clock, then through the thread.
 
+mod threads;
+
 use super::pull::requests;
 use super::*;
 use crate::handover::local::{LocalNet, LocalTransport};
 use crate::handover::pull::copy_runs;
 use crate::handover::{offer, offer::OfferedLease};
-use crate::kv::region::{EpochPage, KvRegion};
+use crate::kv::fake_device::FakeDevice;
+use crate::kv::region::{EpochPage, KvRegion, Place};
 use baton_shared::id::{BlockIndex, WorkerId};
 use baton_shared::kv::layout::{KvDtype, KvLayout};
 use baton_shared::wire::error::ErrorCode;
@@ -24,8 +27,16 @@ struct Owner {
 }
 
 fn pool() -> KvRegion {
+    pool_in(Place::Host)
+}
+
+fn pool_in(place: Place) -> KvRegion {
     let layout = KvLayout::block_major(KvDtype::Bf16, 32, 64, BLOCKS, 0..2, 0..2);
-    let region = Region::host(usize::try_from(layout.bytes()).unwrap()).unwrap();
+    let bytes = usize::try_from(layout.bytes()).unwrap();
+    let region = match place {
+        Place::Host => Region::host(bytes).unwrap(),
+        Place::Cuda(ordinal) => FakeDevice::region(ordinal, bytes),
+    };
     KvRegion { region, layout }
 }
 
@@ -41,9 +52,13 @@ fn block_bytes() -> usize {
 impl Owner {
     /// `name` is the worker's, with what tells one start from another behind a `/`.
     fn new(net: &LocalNet, name: &str, mark: u8) -> Self {
+        Self::with_pool(net, name, mark, pool())
+    }
+
+    fn with_pool(net: &LocalNet, name: &str, mark: u8, pool: KvRegion) -> Self {
         let worker = name.split('/').next().unwrap().parse().unwrap();
         let mut agent = LocalTransport::new(net, name).unwrap();
-        let (pool, epochs) = (pool(), EpochPage::new(8).unwrap());
+        let epochs = EpochPage::new(8).unwrap();
         for block in 0..BLOCKS {
             let bytes = block_bytes();
             pool.region.write(block as usize * bytes, &pattern(mark, block, bytes)).unwrap();
@@ -97,11 +112,14 @@ struct Reader {
 
 impl Reader {
     fn new(settings: MoverSettings) -> Self {
+        Self::with_pool(settings, pool())
+    }
+
+    fn with_pool(settings: MoverSettings, pool: KvRegion) -> Self {
         let net = LocalNet::new();
         let mut agent = LocalTransport::new(&net, "gen/move").unwrap();
-        let pool = pool();
         agent.register(&pool.region).unwrap();
-        let pulls = Pulls::new(Box::new(agent), settings).unwrap();
+        let pulls = Pulls::new(Box::new(agent), pool.region.place(), settings).unwrap();
         Self { net, pulls, pool, now: Instant::now() }
     }
 
@@ -151,6 +169,47 @@ fn a_pull_brings_the_blocks_and_then_tells_the_owner() {
     }
     assert_eq!(owner.notices(), [LEASE]);
     assert!(reader.pulls.is_idle());
+}
+
+#[test]
+fn blocks_come_from_and_go_to_host_and_device_memory() {
+    let places = [Place::Host, Place::Cuda(0), Place::Cuda(1)];
+    for (from, to) in places.iter().flat_map(|from| places.map(|to| (*from, to))) {
+        let mut reader = Reader::with_pool(MoverSettings::default(), pool_in(to));
+        let mut owner = Owner::with_pool(&reader.net, "ctx", 1, pool_in(from));
+        reader.pull(&mut owner, 4, &[3, 4], &[10, 5]);
+        let events = reader.run();
+        assert!(matches!(events[..], [MoverEvent::Pulled { .. }]), "{from} to {to}: {events:?}");
+        assert_eq!(reader.block(10), pattern(1, 3, block_bytes()), "{from} to {to}");
+        assert_eq!(reader.block(5), pattern(1, 4, block_bytes()), "{from} to {to}");
+        assert_eq!(owner.notices(), [LEASE]);
+        // Its lease's word is in host memory all the same.
+        owner.epochs.bump(0);
+        let mut job = owner.job(5, &[3], &reader.pool, &[10], reader.now + PATIENCE);
+        job.ranks[0].0.epoch -= 1;
+        reader.pulls.accept(job, reader.now);
+        assert_eq!(failure(&reader.run()), (ErrorCode::KvLeaseGone, true), "{from} to {to}");
+    }
+}
+
+#[test]
+fn a_device_that_fails_while_blocks_move_fails_the_pull_in_its_drivers_words() {
+    let mut reader = Reader::new(MoverSettings::default());
+    let KvRegion { region, layout } = pool();
+    let device = FakeDevice::new(0, region.bytes());
+    let pool = KvRegion { region: Region::device(device.clone()), layout };
+    let mut owner = Owner::with_pool(&reader.net, "ctx", 1, pool);
+    reader.net.hold("ctx");
+    reader.pull(&mut owner, 1, &[3], &[10]);
+    reader.run();
+    device.fail();
+    reader.net.let_go("ctx");
+    let events = reader.run();
+    assert_eq!(failure(&events), (ErrorCode::KvPeerUnreachable, true));
+    let said = format!("{events:?}");
+    let expected = "worker `ctx`: reading memory failed: the fake driver was told to fail";
+    assert!(said.contains(expected), "{said}");
+    assert!(owner.notices().is_empty());
 }
 
 #[test]
@@ -345,101 +404,4 @@ fn only_a_version_and_a_lease_id_are_a_notice() {
     assert_eq!(read_notice(&[&notice[..], &[0]].concat()), None);
     let newer: Vec<u8> = [2].into_iter().chain(notice[1..].iter().copied()).collect();
     assert_eq!(read_notice(&newer), None);
-}
-
-/// A worker with a mover thread, and what its sink heard.
-struct Worker {
-    handle: MoverHandle,
-    address: PeerAddress,
-    pool: KvRegion,
-    events: Receiver<MoverEvent>,
-}
-
-fn worker(net: &LocalNet, name: &str, settings: MoverSettings) -> Worker {
-    let open = |role: &str| -> OpenTransport {
-        let (net, name) = (net.clone(), format!("{name}/{role}"));
-        Box::new(move || Ok(Box::new(LocalTransport::new(&net, &name)?)))
-    };
-    let pool = pool();
-    let regions = MoverRegions {
-        pool: pool.region.clone(),
-        epochs: EpochPage::new(8).unwrap().region().clone(),
-    };
-    let (sink, events) = crossbeam_channel::unbounded();
-    let sink = Box::new(move |event| sink.send(event).unwrap());
-    let (handle, address) =
-        Mover::start(open("serve"), open("move"), regions, sink, settings).unwrap();
-    Worker { handle, address, pool, events }
-}
-
-fn heard(worker: &Worker) -> MoverEvent {
-    worker.events.recv_timeout(PATIENCE).unwrap()
-}
-
-#[test]
-fn the_thread_pulls_passes_on_notices_and_ends() {
-    let net = LocalNet::new();
-    let reader = worker(&net, "gen", MoverSettings::default());
-    let mut owner = Owner::new(&net, "ctx", 1);
-    assert_eq!(reader.address.agent, "gen/serve");
-    let deadline = Instant::now() + PATIENCE;
-    reader.handle.pull(owner.job(1, &[3], &reader.pool, &[10], deadline)).unwrap();
-    assert!(matches!(heard(&reader), MoverEvent::Pulled { id: PullId(1), .. }));
-    assert_eq!(owner.notices(), [LEASE]);
-    assert!(reader.handle.is_connected(&owner.incarnation));
-    assert_eq!(reader.handle.unfinished(), 0);
-
-    let peer = owner.agent.connect(&reader.address).unwrap();
-    owner.agent.notify(peer, b"not a notice").unwrap();
-    owner.agent.notify(peer, &write_notice(LEASE)).unwrap();
-    assert!(matches!(heard(&reader), MoverEvent::LeaseRead(LEASE)));
-    assert!(reader.handle.shutdown());
-    assert!(reader.handle.shutdown(), "a second time as well");
-}
-
-#[test]
-fn a_full_or_ended_mover_hands_the_job_back() {
-    let net = LocalNet::new();
-    let reader = worker(&net, "gen", MoverSettings { max_pulls: 1, ..MoverSettings::default() });
-    let mut owner = Owner::new(&net, "ctx", 1);
-    net.hold("ctx");
-    let deadline = Instant::now() + PATIENCE;
-    let mut job = |id| owner.job(id, &[3], &reader.pool, &[10], deadline);
-    reader.handle.pull(job(1)).unwrap();
-    assert_eq!(reader.handle.pull(job(2)).unwrap_err().id, PullId(2));
-    assert!(reader.handle.shutdown());
-    let event = heard(&reader);
-    assert_eq!(failure(std::slice::from_ref(&event)), (ErrorCode::Internal, true));
-    assert_eq!(reader.handle.unfinished(), 0);
-    assert_eq!(reader.handle.pull(job(3)).unwrap_err().id, PullId(3));
-    reader.handle.cancel(PullId(1));
-}
-
-#[test]
-fn the_thread_ends_with_its_last_handle() {
-    let net = LocalNet::new();
-    let Worker { handle, events, .. } = worker(&net, "gen", MoverSettings::default());
-    drop(handle);
-    assert!(events.recv_timeout(PATIENCE).is_err_and(|error| error.is_disconnected()));
-}
-
-#[test]
-fn a_transport_that_does_not_open_is_an_error() {
-    let net = LocalNet::new();
-    let _taken = LocalTransport::new(&net, "gen/move").unwrap();
-    let open = |name: &'static str| -> OpenTransport {
-        let net = net.clone();
-        Box::new(move || Ok(Box::new(LocalTransport::new(&net, name)?)))
-    };
-    let pool = Region::host(4096).unwrap();
-    let regions = MoverRegions { epochs: pool.clone(), pool };
-    let started = Mover::start(
-        open("gen/serve"),
-        open("gen/move"),
-        regions,
-        Box::new(|_| {}),
-        MoverSettings::default(),
-    );
-    let error = started.unwrap_err().to_string();
-    assert_eq!(error, "join failed: agent `gen/move` is there already");
 }

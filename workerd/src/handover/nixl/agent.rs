@@ -10,8 +10,8 @@ use nixl_sys as nixl;
 use nixl_sys::{MemType, NixlError};
 
 use super::NixlLibrary;
-use crate::handover::Op;
-use crate::kv::region::Region;
+use crate::handover::{Ends, Op};
+use crate::kv::region::{Place, Region};
 
 /// The transport plug-in inside NIXL.
 const BACKEND: &str = "UCX";
@@ -43,11 +43,19 @@ impl nixl::MemoryRegion for Memory {
 
 impl nixl::NixlDescriptor for Memory {
     fn mem_type(&self) -> MemType {
-        MemType::Dram
+        kind(self.0.place()).0
     }
 
     fn device_id(&self) -> u64 {
-        0
+        kind(self.0.place()).1
+    }
+}
+
+/// NIXL's words for a place: lists of descriptors have the one, each descriptor the other.
+fn kind(place: Place) -> (MemType, u64) {
+    match place {
+        Place::Host => (MemType::Dram, 0),
+        Place::Cuda(ordinal) => (MemType::Vram, ordinal.into()),
     }
 }
 
@@ -107,17 +115,24 @@ impl Agent {
 
     /// Starts a transfer; `runs` have been merged. The request must be kept until [`Self::status`] gave an end,
     /// else bytes go on arriving with nobody to say when they stop.
-    pub fn post(&self, op: Op, peer: &str, runs: &[CopyRun]) -> Result<Request, NixlError> {
-        let mut local = nixl::XferDescList::new(MemType::Dram)?;
-        let mut remote = nixl::XferDescList::new(MemType::Dram)?;
+    pub fn post(
+        &self,
+        op: Op,
+        peer: &str,
+        ends: Ends,
+        runs: &[CopyRun],
+    ) -> Result<Request, NixlError> {
+        let ((near_type, near_device), (far_type, far_device)) = (kind(ends.near), kind(ends.far));
+        let mut local = nixl::XferDescList::new(near_type)?;
+        let mut remote = nixl::XferDescList::new(far_type)?;
         for run in runs {
             let (near, far, len) = match op {
                 Op::Read => (run.target, run.source, run.len),
                 Op::Write => (run.source, run.target, run.len),
             };
             // 64-bit only: NIXL has no other build.
-            local.add_desc(near as usize, len as usize, 0);
-            remote.add_desc(far as usize, len as usize, 0);
+            local.add_desc(near as usize, len as usize, near_device);
+            remote.add_desc(far as usize, len as usize, far_device);
         }
         let direction = match op {
             Op::Read => nixl::XferOp::Read,

@@ -298,6 +298,11 @@ pub fn environment(ucx: &[(String, String)]) -> Result<Vec<(String, String)>, Pr
         // 8 KiB segments make reads over TCP several times slower.
         ("UCX_TCP_TX_SEG_SIZE", "256K"),
         ("UCX_TCP_RX_SEG_SIZE", "256K"),
+        // Else UCX takes the memory of devices for the host's, unless it could patch the driver's functions, for which
+        // it wants CUDA's runtime library; so it asks the driver.
+        ("UCX_MEMTYPE_CACHE", "n"),
+        // Else it reads from another process's device only where there is NVLink, and through sockets elsewhere.
+        ("UCX_CUDA_IPC_ENABLE_GET_ZCOPY", "y"),
         // Else vanished packets are noticed after 15 minutes.
         ("UCX_TCP_USER_TIMEOUT", "5s"),
     ];

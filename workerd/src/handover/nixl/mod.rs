@@ -20,9 +20,10 @@ use nixl_sys::NixlError;
 use self::agent::{Agent, Request};
 pub use self::library::{LibraryError, NixlLibrary, prepare_environment};
 use super::{
-    Op, PeerAddress, PeerId, Registration, TransferId, TransferState, Transport, TransportError,
+    Ends, Op, PeerAddress, PeerId, Registration, TransferId, TransferState, Transport,
+    TransportError,
 };
-use crate::kv::region::Region;
+use crate::kv::region::{Place, Region};
 
 /// Ports a rank needs at least: two agents, and the ports of a run that ended within the last minute.
 pub const MIN_PORTS: u16 = 8;
@@ -134,7 +135,7 @@ impl NixlTransport {
         let mut agent = Agent::open(&self.library, &self.agent_name(), &config)
             .map_err(|(call, error)| broken(call, &error))?;
         for region in &self.regions {
-            agent.register(region).map_err(|error| broken("registering memory", &error))?;
+            agent.register(region).map_err(|error| unregistered(region, &error))?;
         }
         self.agent = Some(agent);
         Ok(())
@@ -164,7 +165,7 @@ impl NixlTransport {
 impl Transport for NixlTransport {
     fn register(&mut self, region: &Region) -> Result<Registration, TransportError> {
         let Some(agent) = &mut self.agent else { return self.agent().map(|_| Registration(0)) };
-        agent.register(region).map_err(|error| broken("registering memory", &error))?;
+        agent.register(region).map_err(|error| unregistered(region, &error))?;
         self.regions.push(region.clone());
         Ok(Registration(u32::try_from(self.regions.len() - 1).unwrap_or(u32::MAX)))
     }
@@ -202,10 +203,12 @@ impl Transport for NixlTransport {
         &mut self,
         op: Op,
         peer: PeerId,
+        ends: Ends,
         runs: &[CopyRun],
     ) -> Result<TransferId, TransportError> {
         let name = self.peer(peer)?;
-        let request = self.agent()?.post(op, name, runs).map_err(|error| refused(name, &error))?;
+        let posted = self.agent()?.post(op, name, ends, runs);
+        let request = posted.map_err(|error| refused(name, &error))?;
         let id = TransferId(self.posted);
         self.posted += 1;
         self.requests.insert(id, request);
@@ -254,6 +257,19 @@ impl Transport for NixlTransport {
 
 fn broken(call: &'static str, error: &NixlError) -> TransportError {
     TransportError::Broken { call, reason: error.to_string() }
+}
+
+/// NIXL does not say why. For memory of a device there is one thing that usually is amiss.
+fn unregistered(region: &Region, error: &NixlError) -> TransportError {
+    let reason = match region.place() {
+        Place::Host => error.to_string(),
+        place => format!(
+            "{error}: UCX does not know {place}. It needs its module `libuct_cuda` (`make setup` puts it beside \
+             NIXL) and the driver's `libcuda.so.1` and `libnvidia-ml.so.1`; `UCX_TLS`, where it is set (`nixl.ucx`), \
+             has to list `cuda_copy` and `cuda_ipc`"
+        ),
+    };
+    TransportError::Broken { call: "registering memory", reason }
 }
 
 fn unreachable(peer: &str, reason: &str) -> TransportError {

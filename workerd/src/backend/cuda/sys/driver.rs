@@ -16,11 +16,14 @@ use super::{Facts, Gpu, GpuError, Handle, Product};
 
 /// Below this the kernels do not run.
 const OLDEST: u32 = 80;
+/// Exactly here kernels say when they depend on the one before.
+const OVERLAPS: u32 = 90;
 
 /// A device with its primary context, one stream and all kernels.
 #[derive(Debug)]
 struct Driver {
     facts: Facts,
+    overlap: bool,
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
@@ -64,21 +67,36 @@ pub fn count() -> Result<u32, GpuError> {
     Ok(u32::try_from(count).unwrap_or(0))
 }
 
+/// What of a device is used.
+#[derive(Clone, Copy, Debug)]
+pub struct Features {
+    /// The vendor's matrix library, if it is there.
+    pub blas: bool,
+    /// Kernels start before the one before them has ended, where the device can do that.
+    pub overlap: bool,
+}
+
+impl Default for Features {
+    fn default() -> Self {
+        Self { blas: true, overlap: true }
+    }
+}
+
 /// The device of that number among those visible (`CUDA_VISIBLE_DEVICES` is the driver's business), and all kernels.
 ///
 /// # Errors
 /// [`GpuError`].
-pub fn open(ordinal: u32, use_blas: bool) -> Result<Arc<dyn Gpu>, GpuError> {
+pub fn open(ordinal: u32, features: Features) -> Result<Arc<dyn Gpu>, GpuError> {
     let count = count()?;
     if ordinal >= count {
         let reason = format!("cuda:{ordinal} was asked for, {count} devices are visible");
         return Err(GpuError::Unavailable(reason));
     }
-    Ok(Arc::new(Driver::open(ordinal, use_blas)?))
+    Ok(Arc::new(Driver::open(ordinal, features)?))
 }
 
 impl Driver {
-    fn open(ordinal: u32, use_blas: bool) -> Result<Self, GpuError> {
+    fn open(ordinal: u32, features: Features) -> Result<Self, GpuError> {
         let number = i32::try_from(ordinal).unwrap_or(i32::MAX);
         let device = result::device::get(number).map_err(failed("cuDeviceGet"))?;
         let facts = facts(ordinal, device)?;
@@ -95,6 +113,7 @@ impl Driver {
         let context = unsafe { result::primary_ctx::retain(device) }
             .map_err(failed("cuDevicePrimaryCtxRetain"))?;
         let mut driver = Self {
+            overlap: features.overlap && facts.capability == OVERLAPS,
             facts,
             device,
             context,
@@ -107,7 +126,7 @@ impl Driver {
         driver.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(failed("cuStreamCreate"))?;
         driver.load()?;
-        if use_blas && Blas::is_present() {
+        if features.blas && Blas::is_present() {
             let workspace = driver.allocate(WORKSPACE)?;
             driver.blas = Some((Blas::new(workspace)?, workspace));
         }
@@ -118,7 +137,8 @@ impl Driver {
     fn load(&mut self) -> Result<(), GpuError> {
         use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         for source in SOURCES {
-            let ptx = CString::new(source.ptx).expect("PTX is text");
+            let ptx = if self.facts.capability == OVERLAPS { source.ptx_90a } else { source.ptx };
+            let ptx = CString::new(ptx).expect("PTX is text");
             // SAFETY: PTX that ends with a zero.
             let module = unsafe { result::module::load_data(ptx.as_ptr().cast()) }
                 .map_err(failed("cuModuleLoadData"))?;
@@ -254,19 +274,37 @@ impl Gpu for Driver {
     }
 
     unsafe fn launch(&self, kernel: Kernel, shape: Shape, args: &Args) -> Result<(), GpuError> {
-        let (mut pointers, count) = args.pointers();
+        use sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        let (mut pointers, _) = args.pointers();
         let [x, y, z] = shape.grid;
+        let mut overlap = sys::CUlaunchAttribute {
+            id: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: shape.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shape.shared,
+            hStream: self.stream,
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(self.overlap),
+        };
+        let function = self.functions[kernel.index];
         // SAFETY: the caller's promise; the values live until the call returns, which copies them.
         unsafe {
-            result::launch_kernel(
-                self.functions[kernel.index],
-                (x, y, z),
-                (shape.threads, 1, 1),
-                shape.shared,
-                self.stream,
-                &mut pointers[..count],
+            sys::cuLaunchKernelEx(
+                &raw const config,
+                function,
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut(),
             )
         }
+        .result()
         .map_err(failed(kernel.name))
     }
 

@@ -29,6 +29,8 @@ pub struct Source {
     pub name: &'static str,
     /// What it compiled to, for compute capability 8.0 and above.
     pub ptx: &'static str,
+    /// The same for exactly 9.0: kernels overlap with the one before.
+    pub ptx_90a: &'static str,
     /// Its kernels and their shared memory.
     pub kernels: &'static [(&'static str, u32)],
 }
@@ -38,12 +40,19 @@ macro_rules! source {
         Source {
             name: $name,
             ptx: include_str!(concat!("../../../../kernels/ptx/", $name, ".compute_80.ptx")),
+            ptx_90a: include_str!(concat!("../../../../kernels/ptx/", $name, ".compute_90a.ptx")),
             kernels: &[$(($kernel, $shared)),+],
         }
     };
 }
 
 const SMALL: u32 = 48 << 10;
+
+/// Shared memory of decode attention: three stages of 16 keys and values for each of four warps, and what warps and
+/// blocks tell each other.
+pub const fn decode_shared(head_dim: u32) -> u32 {
+    4 * 3 * 2 * 16 * head_dim * 2 + 4 * 16 * 8 + 16
+}
 
 /// All sources.
 pub const SOURCES: [Source; 6] = [
@@ -53,9 +62,16 @@ pub const SOURCES: [Source; 6] = [
         "skinny_bf16_1": SMALL, "skinny_add_1": SMALL, "skinny_swiglu_1": SMALL, "skinny_f32_1": SMALL,
         "skinny_bf16_8": SMALL, "skinny_add_8": SMALL, "skinny_swiglu_8": SMALL, "skinny_f32_8": SMALL,
         "skinny_bf16_16": SMALL, "skinny_add_16": SMALL, "skinny_swiglu_16": SMALL, "skinny_f32_16": SMALL,
+        "skinny_f8_bf16_1": SMALL, "skinny_f8_add_1": SMALL, "skinny_f8_swiglu_1": SMALL, "skinny_f8_f32_1": SMALL,
+        "skinny_f8_bf16_8": SMALL, "skinny_f8_add_8": SMALL, "skinny_f8_swiglu_8": SMALL, "skinny_f8_f32_8": SMALL,
+        "skinny_f8_bf16_16": SMALL, "skinny_f8_add_16": SMALL, "skinny_f8_swiglu_16": SMALL, "skinny_f8_f32_16": SMALL,
+        "widen": 0,
     ),
     source!("gemm", "gemm_bf16": 65536, "gemm_add": 65536, "gemm_swiglu": 65536, "gemm_f32": 65536),
-    source!("decode", "decode_32": SMALL, "decode_64": SMALL, "decode_128": SMALL, "combine": 0),
+    source!(
+        "decode",
+        "decode_32": decode_shared(32), "decode_64": decode_shared(64), "decode_128": decode_shared(128),
+    ),
     source!("prefill", "prefill_32": 384 * 64, "prefill_64": 384 * 128, "prefill_128": 384 * 256),
     source!("sample", "open_slots": 0, "sample": SMALL),
 ];
@@ -132,17 +148,16 @@ mod tests {
     #[test]
     fn every_kernel_is_in_its_ptx_once_and_the_ptx_has_no_other() {
         for source in SOURCES {
-            let entries: Vec<&str> = source
-                .ptx
-                .lines()
-                .filter_map(|line| line.trim().strip_prefix(".visible .entry "))
-                .map(|rest| rest.trim_end_matches('('))
-                .collect();
             let mut names: Vec<&str> = source.kernels.iter().map(|(name, _)| *name).collect();
-            let mut found = entries.clone();
             names.sort_unstable();
-            found.sort_unstable();
-            assert_eq!(found, names, "{}", source.name);
+            for ptx in [source.ptx, source.ptx_90a] {
+                let entries = ptx.lines();
+                let entries =
+                    entries.filter_map(|line| line.trim().strip_prefix(".visible .entry "));
+                let mut found: Vec<&str> = entries.map(|rest| rest.trim_end_matches('(')).collect();
+                found.sort_unstable();
+                assert_eq!(found, names, "{}", source.name);
+            }
         }
     }
 

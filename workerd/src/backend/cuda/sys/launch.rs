@@ -8,9 +8,10 @@ use std::sync::Arc;
 
 use baton_shared::kv::layout::KvLayout;
 
-use super::buffer::{Buffer, View};
-use super::kernel::{Args, Kernel, Shape};
-use super::{Gpu, GpuError, Product};
+use super::buffer::View;
+use super::kernel::{Args, Kernel, Shape, decode_shared};
+use super::products::{Format, Matrix};
+use super::{Gpu, GpuError};
 
 /// Numbers of a model that kernels need.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -59,32 +60,6 @@ pub struct PoolLayer<'a> {
     pub layer: u32,
 }
 
-/// What a product does with its sums.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// Stores bf16.
-    Bf16,
-    /// Adds to f32.
-    Add,
-    /// Stores `silu(gate) * up` as bf16: weights have 8 gates and 8 ups in turn.
-    Swiglu,
-    /// Stores f32.
-    F32,
-}
-
-/// Weights of a product, `[n][k]` bf16.
-#[derive(Debug)]
-pub struct Matrix {
-    /// Their memory.
-    pub buffer: Buffer,
-    /// Outputs.
-    pub n: u32,
-    /// Inputs.
-    pub k: u32,
-}
-
-/// Most rows that the kernels for few rows take.
-pub const FEW_ROWS: u32 = 16;
 /// Rows of a tile of prefill attention.
 pub const TILE_ROWS: u32 = 128;
 /// Bytes of a slot's state, of what opens one, and of a chosen token.
@@ -94,7 +69,7 @@ pub const OPEN_BYTES: usize = 80;
 /// See [`SLOT_BYTES`].
 pub const CHOSEN_BYTES: usize = 16;
 /// Largest parts a sequence is cut into for decode attention.
-pub const MOST_SPLITS: u32 = 64;
+pub const MOST_SPLITS: u32 = 16;
 
 /// All kernels of one device.
 #[derive(Debug)]
@@ -103,7 +78,7 @@ pub struct Kernels {
     all: Vec<Kernel>,
 }
 
-fn holds(what: &str, view: View<'_>, elements: u64, size: u64) {
+pub(super) fn holds(what: &str, view: View<'_>, elements: u64, size: u64) {
     let wanted = elements * size;
     assert!(view.bytes() as u64 >= wanted, "{what}: {} bytes, {wanted} are needed", view.bytes());
 }
@@ -119,7 +94,7 @@ impl Kernels {
         &self.gpu
     }
 
-    fn start(
+    pub(super) fn start(
         &self,
         name: &str,
         grid: [u32; 3],
@@ -155,6 +130,7 @@ impl Kernels {
     ) -> Result<(), GpuError> {
         let (count, pairs) = (u64::from(rows.count), dims.head_dim / 2);
         assert_eq!((table.n, table.k), (dims.vocab, dims.hidden));
+        assert!(matches!(table.format, Format::Bf16), "embeddings are bf16");
         holds("tokens", rows.tokens, count, 4);
         holds("slots of rows", rows.slots, count, 4);
         holds("positions", rows.positions, count, 4);
@@ -195,7 +171,9 @@ impl Kernels {
             Some(rows) => holds("rows", rows, u64::from(count), 4),
             None => holds("stream", stream, u64::from(count) * hidden, 4),
         }
-        let threads = (dims.hidden / 4).next_multiple_of(32).clamp(32, 1024);
+        // Few rows: as quick as can be. Many: as many at a time as can be.
+        let most = if count > 256 { 256 } else { 1024 };
+        let threads = (dims.hidden / 4).next_multiple_of(32).clamp(32, most);
         let args = Args::default()
             .u64(stream.address())
             .u64(weight.address())
@@ -251,87 +229,8 @@ impl Kernels {
         self.start("turn_and_store", [rows.count, all.div_ceil(8), 1], 256, 0, &args)
     }
 
-    /// `out (+)= x w^T` for `m` rows of `x` (bf16). `spare` (bf16) is for what [`Mode::Swiglu`] computes on its way.
-    ///
-    /// # Errors
-    /// What the device says.
-    pub fn multiply(
-        &self,
-        mode: Mode,
-        weights: &Matrix,
-        x: View<'_>,
-        m: u32,
-        out: View<'_>,
-        spare: View<'_>,
-    ) -> Result<(), GpuError> {
-        let Matrix { buffer, n, k } = weights;
-        let (n, k) = (*n, *k);
-        let stride = if mode == Mode::Swiglu { n / 2 } else { n };
-        let wide = matches!(mode, Mode::Add | Mode::F32);
-        holds("rows", x, u64::from(m) * u64::from(k), 2);
-        holds("products", out, u64::from(m) * u64::from(stride), if wide { 4 } else { 2 });
-        let args = |first: u64, second: u64, numbers: [u32; 3]| {
-            let args = Args::default().u64(first).u64(second).u64(out.address());
-            numbers.iter().fold(args, |args, number| args.u32(*number)).u32(stride)
-        };
-        let name = mode.name();
-        let weights = buffer.address();
-        if m <= FEW_ROWS {
-            let (columns, tiles, parts) = match m {
-                0..=1 => (1, 1, 1),
-                2..=8 => (8, 2, 1),
-                _ => (16, 2, 2),
-            };
-            let shared = 8 * tiles * parts * 4 * 32 * 4;
-            let args = args(weights, x.address(), [n, k, m]);
-            let grid = [n.div_ceil(16 * tiles), 1, 1];
-            return self.start(&format!("skinny_{name}_{columns}"), grid, 256, shared, &args);
-        }
-        if !self.gpu.has_blas() {
-            let args = args(x.address(), weights, [m, n, k]);
-            let grid = [m.div_ceil(128) * n.div_ceil(128), 1, 1];
-            return self.start(&format!("gemm_{name}"), grid, 256, 65_536, &args);
-        }
-        let is_swiglu = mode == Mode::Swiglu;
-        if is_swiglu {
-            holds("gates and ups", spare, u64::from(m) * u64::from(n), 2);
-        }
-        let product = Product {
-            weights,
-            x: x.address(),
-            out: if is_swiglu { spare.address() } else { out.address() },
-            m,
-            n,
-            k,
-            stride: n,
-            wide,
-            add: mode == Mode::Add,
-        };
-        // SAFETY: all three are as large as the product needs, as checked above.
-        unsafe { self.gpu.multiply(&product)? };
-        if is_swiglu { self.swiglu(spare, out, m, n / 2) } else { Ok(()) }
-    }
-
-    fn swiglu(
-        &self,
-        gate_up: View<'_>,
-        out: View<'_>,
-        rows: u32,
-        ffn: u32,
-    ) -> Result<(), GpuError> {
-        let step = 65_535;
-        for first in (0..rows).step_by(step as usize) {
-            let count = (rows - first).min(step);
-            let row = u64::from(first) * u64::from(ffn) * 2;
-            let args =
-                Args::default().u64(gate_up.address() + 2 * row).u64(out.address() + row).u32(ffn);
-            self.start("swiglu", [ffn.div_ceil(2048), count, 1], 256, 0, &args)?;
-        }
-        Ok(())
-    }
-
     /// Attention of the first `count` rows, one of each sequence, cut into `splits` parts that meet in `sums` and
-    /// `states` (f32 and pairs of f32).
+    /// `states` (f32 and pairs of f32); `ended` counts them, and is 0 before and after.
     ///
     /// # Errors
     /// What the device says.
@@ -344,7 +243,7 @@ impl Kernels {
         count: u32,
         splits: u32,
         pool: &PoolLayer<'_>,
-        (sums, states): (View<'_>, View<'_>),
+        [sums, states, ended]: [View<'_>; 3],
         out: View<'_>,
     ) -> Result<(), GpuError> {
         let size = dims.head_dim;
@@ -369,19 +268,12 @@ impl Kernels {
             .f32(scale(size))
             .u64(out.address())
             .u64(sums.address())
-            .u64(states.address());
-        let grid = [splits, dims.kv_heads * group.div_ceil(16), count];
-        self.start(&format!("decode_{size}"), grid, 128, 4 * 32 * size * 2 + 512, &args)?;
-        if splits == 1 {
-            return Ok(());
-        }
-        let args = Args::default()
-            .u64(sums.address())
             .u64(states.address())
-            .u64(rows.positions.address())
-            .u64(out.address())
-            .u32(splits);
-        self.start("combine", [dims.heads, count, 1], size, 0, &args)
+            .u64(ended.address());
+        let grid = [splits, dims.kv_heads * group.div_ceil(16), count];
+        let blocks = u64::from(count) * u64::from(grid[1]);
+        holds("ended parts", ended, if splits > 1 { blocks } else { 0 }, 4);
+        self.start(&format!("decode_{size}"), grid, 128, decode_shared(size), &args)
     }
 
     /// Attention of tiles of rows: `u32`s `[tile][first row, rows, position, start of table]`.
@@ -476,17 +368,6 @@ impl Kernels {
             .u32(dims.vocab)
             .u32(most);
         self.start("sample", [count, 1, 1], 1024, (34 + 2048) * 8, &args)
-    }
-}
-
-impl Mode {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Bf16 => "bf16",
-            Self::Add => "add",
-            Self::Swiglu => "swiglu",
-            Self::F32 => "f32",
-        }
     }
 }
 

@@ -9,6 +9,7 @@ pub mod driver;
 pub mod kernel;
 pub mod launch;
 pub mod nvml;
+pub mod products;
 pub mod queue;
 
 use std::fmt::Debug;

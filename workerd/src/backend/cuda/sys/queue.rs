@@ -70,10 +70,9 @@ impl Graph {
     ) -> Result<Self, GpuError> {
         gpu.begin_capture()?;
         let asked = work();
-        // Capturing ends in any case.
-        let handle = gpu.end_capture();
-        asked?;
-        Ok(Self { handle: handle?, gpu: Arc::clone(gpu) })
+        // Capturing ends in any case, and what was kept is given back.
+        let graph = gpu.end_capture().map(|handle| Self { gpu: Arc::clone(gpu), handle });
+        asked.and(graph)
     }
 
     /// Does it, in the stream. The memory that `work` named must still be there: the caller keeps both together.

@@ -4,6 +4,7 @@ use super::workers::{mover, pool};
 use super::*;
 use crate::handover::conformance;
 use crate::handover::mover::MoverSettings;
+use crate::kv::fake_device::FakeDevice;
 use crate::kv::region::EpochPage;
 
 #[test]
@@ -21,9 +22,31 @@ fn nixl_conforms_over_tcp() {
 fn child_conforms() {
     let library = library();
     let settings = NixlSettings::default();
-    conformance::suite(&mut |name| {
+    conformance::in_host_memory(&mut |name| {
         Box::new(NixlTransport::open(&library, &settings, name.to_owned()).unwrap())
     });
+}
+
+/// Here nothing is a device's, whatever it says: as where the driver or UCX's module is missing.
+#[test]
+fn device_memory_that_ucx_does_not_know_is_refused_with_cause_and_remedy() {
+    alone("loading::child_registers_no_device", &[]);
+}
+
+#[test]
+#[ignore = "needs a process of its own"]
+fn child_registers_no_device() {
+    let host = Region::host(1 << 20).unwrap();
+    let mut agent = open("agent");
+    let device = FakeDevice::region(0, 1 << 20);
+    let error = agent.register(&device).unwrap_err().to_string();
+    for part in
+        ["registering memory failed", "device memory of cuda:0", "`libuct_cuda`", "`UCX_TLS`"]
+    {
+        assert!(error.contains(part), "{error}");
+    }
+    agent.register(&host).unwrap();
+    agent.address().unwrap();
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! NIXL as it is found on this machine. Its environment must be set before it is loaded, and most checks need more
 //! than one process: so the bodies are ignored tests (`child_…`), run by the others in processes of their own.
 
+mod devices;
 mod dying;
 mod loading;
 mod long;
@@ -18,7 +19,8 @@ use crate::handover::conformance::PATIENCE;
 
 const FOLDER: &str = "BATON_TEST_CHILD_FOLDER";
 const NAME: &str = "BATON_TEST_CHILD_NAME";
-const OVER_TCP: (&str, &str) = ("UCX_TLS", "tcp,self");
+/// `cuda_copy` is for pools in device memory, which it stages for the socket; it is passed over where there is none.
+const OVER_TCP: (&str, &str) = ("UCX_TLS", "tcp,self,cuda_copy");
 
 /// A test of this binary in a process of its own; killed when dropped.
 struct Running {

@@ -16,25 +16,25 @@ use baton_shared::wire::error::ErrorCode;
 #[test]
 fn blocks_move_between_processes_by_shared_memory() {
     let seen = PeersSeen { shared_memory: 2, network: 0 };
-    assert_eq!(hand_over(&[]), format!("{seen:?}"));
+    assert_eq!(hand_over(&[], &[]), format!("{seen:?}"));
 }
 
 #[test]
 fn blocks_move_between_processes_over_tcp() {
     let seen = PeersSeen { shared_memory: 0, network: 2 };
-    assert_eq!(hand_over(&[OVER_TCP]), format!("{seen:?}"));
+    assert_eq!(hand_over(&[OVER_TCP], &[OVER_TCP]), format!("{seen:?}"));
 }
 
 /// One context worker dies and starts again, while the generation worker lives on; says how its bytes came.
-fn hand_over(variables: &[(&str, &str)]) -> String {
+pub fn hand_over(owners: &[(&str, &str)], reader: &[(&str, &str)]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
-    let first = Running::start("pulls::child_offers", "first", folder, variables);
-    let reader = Running::start("pulls::child_pulls", "reader", folder, variables);
+    let first = Running::start("pulls::child_offers", "first", folder, owners);
+    let reader = Running::start("pulls::child_pulls", "reader", folder, reader);
     wait_for_file(folder, "first.is-done-with");
     first.kill();
     put_file(folder, "first.killed", "");
-    let second = Running::start("pulls::child_offers", "second", folder, variables);
+    let second = Running::start("pulls::child_offers", "second", folder, owners);
     reader.succeed();
     put_file(folder, "stop", "");
     second.succeed();
@@ -185,9 +185,11 @@ fn child_reads_from_a_stopped_worker() {
     let (rank, runs) = reader.runs("owner", 0).remove(0);
     let address = PeerAddress { agent: rank.agent, metadata: rank.metadata };
     let peer = agent.connect(&address).unwrap();
+    let far = Place::of_device(rank.device);
+    let ends = Ends { near: reader.pool.region.place(), far };
     let read = |agent: &mut NixlTransport| {
         reader.fill(0);
-        let id = agent.post(Op::Read, peer, &runs).unwrap();
+        let id = agent.post(Op::Read, peer, ends, &runs).unwrap();
         wait_for("copied blocks", || reader.holds("owner", 0).then_some(()));
         id
     };

@@ -3,10 +3,13 @@
 use std::collections::HashSet;
 use std::ops::Range;
 use std::os::unix::process::ExitStatusExt;
+use std::sync::{Arc, LazyLock};
 
 use crossbeam_channel::Receiver;
 
 use super::*;
+use crate::backend::cuda::pool::PoolMemory;
+use crate::backend::cuda::sys::{Gpu, driver};
 use crate::handover::mover::{Mover, MoverHandle, MoverRegions, MoverSettings, OpenTransport};
 use crate::handover::offer::{self, Identity, OfferedLease};
 use crate::handover::pull::copy_runs;
@@ -24,10 +27,30 @@ pub const LEASED: Range<u32> = 100..500;
 /// What blocks hold that nothing was read into.
 const FILLER: u8 = 0xEE;
 
+const PLACE: &str = "BATON_TEST_POOL_PLACE";
+/// Given to a process, it has its pool there.
+pub const IN_DEVICE_MEMORY: (&str, &str) = (PLACE, "cuda:0");
+
 /// 64 KiB a block, 64 MiB.
 pub fn pool() -> KvRegion {
     let layout = KvLayout::block_major(KvDtype::Bf16, 32, 64, BLOCKS, 0..2, 0..4);
-    KvRegion { region: Region::host(usize::try_from(layout.bytes()).unwrap()).unwrap(), layout }
+    let bytes = usize::try_from(layout.bytes()).unwrap();
+    let region = match std::env::var(PLACE) {
+        Ok(place) => {
+            assert_eq!(place, IN_DEVICE_MEMORY.1);
+            device_memory(bytes)
+        }
+        Err(_) => Region::host(bytes).unwrap(),
+    };
+    KvRegion { region, layout }
+}
+
+/// Memory of the first GPU.
+pub fn device_memory(bytes: usize) -> Region {
+    static GPU: LazyLock<Arc<dyn Gpu>> = LazyLock::new(|| {
+        driver::open(0, driver::Features { blas: false, ..driver::Features::default() }).unwrap()
+    });
+    Region::device(Arc::new(PoolMemory::new(&GPU, bytes).unwrap()))
 }
 
 /// The content of an owner's block.
