@@ -4,7 +4,7 @@
 mod attention;
 mod faults;
 mod kernels;
-mod model;
+pub mod model;
 mod products;
 mod sampler;
 
