@@ -18,7 +18,7 @@ use crate::backend::{Backend, warm_up};
 use crate::config::{EngineSection, KvSection, WorkerConfig};
 use crate::engine::StepPace;
 use crate::model::narrowed::{CpuWeights, Narrowed};
-use crate::model::{ModelFiles, ModelSpec, Source};
+use crate::model::{ModelSpec, Source};
 
 /// Tokens of a step on the CPU at most, where time allows so many.
 const MOST_CPU_TOKENS: u32 = 2048;
@@ -113,13 +113,13 @@ impl Found {
     pub fn load(
         self,
         config: &WorkerConfig,
-        files: &mut ModelFiles,
+        source: &mut impl Source,
         max_len: u32,
     ) -> Result<Loaded> {
         if let Some(gpu) = self.gpu {
-            match CudaBackend::load(&gpu, files, &cuda_options(config, max_len)) {
+            match CudaBackend::load(&gpu, source, &cuda_options(config, max_len)) {
                 Ok(backend) => {
-                    warn_of(config, NotOn::Cuda);
+                    warn_of(config, true);
                     return Ok(Loaded {
                         backend: Box::new(backend),
                         weights: CpuWeights::AsIs,
@@ -134,14 +134,14 @@ impl Found {
                 }
             }
         }
-        warn_of(config, NotOn::Cpu);
+        warn_of(config, false);
         let weights = cpu_weights(config);
-        let options = cpu_options(config, files.spec())?;
+        let options = cpu_options(config, source.spec())?;
         let threads = options.threads;
-        let backend = CpuBackend::load(&mut Narrowed::new(files, weights), &options)?;
+        let backend = CpuBackend::load(&mut Narrowed::new(source, weights), &options)?;
         Ok(Loaded {
             weights,
-            pace: Some(step_pace(files.spec(), threads)),
+            pace: Some(step_pace(source.spec(), threads)),
             device: format!("cpu ({})", backend.simd()),
             gpu: None,
             backend: Box::new(backend),
@@ -174,34 +174,26 @@ fn reason_for_the_cpu(error: CudaError, is_auto: bool) -> Result<String, CudaErr
     }
 }
 
-/// A device that some keys mean nothing on.
-#[derive(Clone, Copy, Debug)]
-enum NotOn {
-    Cpu,
-    Cuda,
-}
-
-/// Keys that were set and mean nothing there.
-fn without_effect(config: &WorkerConfig, on: NotOn) -> Vec<&'static str> {
+/// Keys that were set and mean nothing on a GPU, or on the CPU.
+fn without_effect(config: &WorkerConfig, on_gpu: bool) -> Vec<&'static str> {
     let (engine, kv) = (EngineSection::default(), KvSection::default());
-    let keys = match on {
-        NotOn::Cpu => vec![(
+    let keys = [
+        ("engine.threads", on_gpu && config.engine.threads != engine.threads),
+        ("engine.cpu_weights", on_gpu && config.engine.cpu_weights != engine.cpu_weights),
+        ("kv.pool", on_gpu && config.kv.pool != kv.pool),
+        (
             "kv.free_gpu_memory_fraction",
-            config.kv.free_gpu_memory_fraction != kv.free_gpu_memory_fraction,
-        )],
-        NotOn::Cuda => vec![
-            ("engine.threads", config.engine.threads != engine.threads),
-            ("engine.cpu_weights", config.engine.cpu_weights != engine.cpu_weights),
-            ("kv.pool", config.kv.pool != kv.pool),
-        ],
-    };
-    keys.into_iter().filter(|(_, is_set)| *is_set).map(|(key, _)| key).collect()
+            !on_gpu && config.kv.free_gpu_memory_fraction != kv.free_gpu_memory_fraction,
+        ),
+    ];
+    keys.into_iter().filter(|(_, is_idle)| *is_idle).map(|(key, _)| key).collect()
 }
 
-fn warn_of(config: &WorkerConfig, on: NotOn) {
-    let keys = without_effect(config, on);
+fn warn_of(config: &WorkerConfig, on_gpu: bool) {
+    let keys = without_effect(config, on_gpu).join(", ");
     if !keys.is_empty() {
-        tracing::warn!(keys = keys.join(", "), device = ?on, "keys that have no effect on this device");
+        let device = if on_gpu { "a GPU" } else { "the CPU" };
+        tracing::warn!(keys, "keys that have no effect on {device}");
     }
 }
 
@@ -275,6 +267,9 @@ fn step_pace(spec: &ModelSpec, threads: usize) -> StepPace {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::cuda::emulated::Emulator;
+    use crate::backend::cuda::tests::model::{Shape, tiny_model};
+    use crate::model::Architecture;
 
     fn none(_: u32) -> Result<Arc<dyn Gpu>, GpuError> {
         Err(GpuError::Unavailable("the driver is on holiday".to_owned()))
@@ -350,13 +345,55 @@ mod tests {
         assert_eq!(said, "out of device memory: x needs 9 bytes, 5 of 8 are free");
     }
 
+    /// Two layers whose heads are so wide, on an emulated GPU of so much memory.
+    fn loaded(head_dim: u32, memory: u64, is_auto: bool) -> Result<Loaded> {
+        let shape =
+            Shape { architecture: Architecture::Llama, heads: (2, 1, head_dim), tied: true };
+        let config = config(
+            "[engine]\nmax_sequences = 2\nmax_batch_tokens = 64\nthreads = 1\n\
+             cpu_weights = \"q8_0\"\n[kv]\nmax_tokens = 160",
+        );
+        let found = Found { gpu: Some(Emulator::new(memory, 2, false)), is_auto };
+        found.load(&config, &mut &tiny_model(&shape), 512)
+    }
+
+    #[test]
+    fn a_gpu_has_the_weights_of_the_files_and_cuts_prompts_by_tokens() {
+        for is_auto in [false, true] {
+            let mut loaded = loaded(32, 1 << 30, is_auto).unwrap();
+            assert_eq!((loaded.device.as_str(), loaded.gpu), ("cuda:0", Some(0)));
+            assert_eq!((loaded.weights, loaded.pace), (CpuWeights::AsIs, None));
+            let caps = loaded.backend.caps();
+            assert_eq!((caps.lag, caps.max_sequences, caps.max_batch_tokens), (1, 2, 64));
+            assert_eq!(loaded.backend.pool().layout.blocks, 5);
+            warm_up::warm_up(&mut *loaded.backend).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_model_that_the_kernels_cannot_run_is_on_the_cpu_with_auto() {
+        let on_cpu = loaded(48, 1 << 30, true).unwrap();
+        assert!(on_cpu.device.starts_with("cpu ("), "{}", on_cpu.device);
+        assert_eq!((on_cpu.weights, on_cpu.gpu), (CpuWeights::Q8_0, None));
+        assert!(on_cpu.pace.is_some());
+        let error = loaded(48, 1 << 30, false).err().unwrap().to_string();
+        assert!(error.contains("`head_dim` is 48"), "{error}");
+    }
+
+    #[test]
+    fn memory_that_is_not_there_is_an_error_with_auto_too() {
+        let error = loaded(32, 200_000, true).err().unwrap().to_string();
+        assert!(error.starts_with("out of device memory: "), "{error}");
+        assert!(error.ends_with(" of 200000 are free"), "{error}");
+    }
+
     #[test]
     fn keys_of_the_other_device_are_named() {
         let of = |text, on| without_effect(&config(text), on);
-        assert!(of("", NotOn::Cpu).is_empty() && of("", NotOn::Cuda).is_empty());
+        assert!(of("", false).is_empty() && of("", true).is_empty());
         let all = "[engine]\nthreads = 2\ncpu_weights = \"q8_0\"\n\
                    [kv]\npool = \"1GiB\"\nfree_gpu_memory_fraction = 0.5";
-        assert_eq!(of(all, NotOn::Cpu), ["kv.free_gpu_memory_fraction"]);
-        assert_eq!(of(all, NotOn::Cuda), ["engine.threads", "engine.cpu_weights", "kv.pool"]);
+        assert_eq!(of(all, false), ["kv.free_gpu_memory_fraction"]);
+        assert_eq!(of(all, true), ["engine.threads", "engine.cpu_weights", "kv.pool"]);
     }
 }

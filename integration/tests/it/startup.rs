@@ -271,6 +271,9 @@ async fn the_commands_of_the_documentation_that_is_replaced_start_a_cluster() {
     client.post("/v1/completions", &request).await.unwrap().ok().unwrap();
     assert!(router.terminate(STOP).unwrap().success());
     for (process, _) in &mut workers {
+        let log = process.log();
+        assert!(log.contains("keys of the file that have no effect here"), "{log}");
+        assert!(log.contains("cache_transceiver_config.max_tokens_in_buffer"), "{log}");
         assert!(process.terminate(STOP).unwrap().success());
     }
 }

@@ -371,4 +371,4 @@ fn layout(
 }
 
 #[cfg(test)]
-mod tests;
+pub mod tests;

@@ -6,7 +6,7 @@ mod device;
 mod faults;
 mod gpu;
 mod kernels;
-mod model;
+pub mod model;
 mod products;
 mod sampler;
 
