@@ -16,6 +16,7 @@ pub mod oracle;
 pub mod process;
 pub mod relay;
 pub mod scrape;
+pub mod tiny_fp8;
 pub mod tiny_gguf;
 pub mod tiny_model;
 pub mod tokenizer_json;

@@ -142,6 +142,17 @@ impl Oracle {
         })
     }
 
+    /// The same with the matrices of its blocks rounded to bf16, as the CPU engine keeps those of an FP8 checkpoint.
+    #[must_use]
+    pub fn in_bf16(mut self) -> Self {
+        for Block { q, k, v, o, gate, up, down, .. } in &mut self.blocks {
+            for matrix in [q, k, v, o, gate, up, down] {
+                matrix.values.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
+            }
+        }
+        self
+    }
+
     /// A Hugging Face folder.
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! Checkpoints for tests, as Hugging Face folders: seeded random Llamas and Qwens of any small shape, and a GGUF
-//! model dequantised to bf16. `tiny_gguf` writes the same tiny models as GGUF files.
+//! model dequantised to bf16. `tiny_gguf` and `tiny_fp8` write the same tiny models as GGUF
+//! files and as FP8 checkpoints.
 //!
 //! A tiny model says nothing sensible, but its greedy text varies and its choices are clear, so that equality of
 //! texts means something. Its tokenizer knows all 256 bytes and no emoji: each takes several tokens.

@@ -113,10 +113,10 @@ impl GgufFile {
     }
 }
 
-/// All tensors of all `*.safetensors` of a folder.
+/// All tensors of all `*.safetensors` of a folder; what has a `weight_scale` is multiplied by it.
 ///
 /// # Errors
-/// When a file cannot be read, or a tensor is not of type F32, F16 or BF16 or has more than two dimensions.
+/// When a file cannot be read, or a tensor is not of type F32, F16, BF16 or F8_E4M3 or has more than two dimensions.
 pub fn read_folder(folder: &Path) -> Result<BTreeMap<String, Matrix>> {
     let mut all = BTreeMap::new();
     for entry in std::fs::read_dir(folder).with_context(|| folder.display().to_string())? {
@@ -130,9 +130,11 @@ pub fn read_folder(folder: &Path) -> Result<BTreeMap<String, Matrix>> {
                 Dtype::F32 => f32s(view.data()),
                 Dtype::F16 => f16s(view.data()),
                 Dtype::BF16 => bf16s(view.data()),
+                Dtype::F8_E4M3 => view.data().iter().copied().map(from_e4m3).collect(),
                 other => bail!("tensor `{name}` has type {other}"),
             };
             let (rows, cols) = match view.shape() {
+                [] => (1, 1),
                 [cols] => (1, *cols),
                 [rows, cols] => (*rows, *cols),
                 shape => bail!("tensor `{name}` has shape {shape:?}"),
@@ -141,7 +143,28 @@ pub fn read_folder(folder: &Path) -> Result<BTreeMap<String, Matrix>> {
         }
     }
     ensure!(!all.is_empty(), "no `*.safetensors` in `{}`", folder.display());
+    let scaled: Vec<String> =
+        all.keys().filter_map(|name| Some(name.strip_suffix("_scale")?.to_owned())).collect();
+    for name in scaled.iter().filter(|name| name.ends_with(".weight")) {
+        let scales = all[&format!("{name}_scale")].values.clone();
+        let matrix = all.get_mut(name).with_context(|| format!("no tensor `{name}`"))?;
+        ensure!([1, matrix.rows].contains(&scales.len()), "{} scales of `{name}`", scales.len());
+        for (row, values) in matrix.values.chunks_mut(matrix.cols).enumerate() {
+            values.iter_mut().for_each(|x| *x *= scales[row % scales.len()]);
+        }
+    }
     Ok(all)
+}
+
+/// What a byte of F8_E4M3 means; 0x7f and 0xff mean no number.
+pub(crate) fn from_e4m3(byte: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f32::from(byte & 7));
+    let magnitude = match exponent {
+        _ if byte & 0x7f == 0x7f => f32::NAN,
+        0 => mantissa * 2_f32.powi(-9),
+        _ => (8.0 + mantissa) * 2_f32.powi(exponent - 10),
+    };
+    if byte < 0x80 { magnitude } else { -magnitude }
 }
 
 fn f32s(bytes: &[u8]) -> Vec<f32> {

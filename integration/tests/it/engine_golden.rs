@@ -4,6 +4,7 @@ use std::path::Path;
 
 use baton_integration::files::demo_model;
 use baton_integration::oracle::{Cache, KvRounding, Oracle};
+use baton_integration::tiny_fp8::TinyFp8;
 use baton_integration::tiny_model::{
     TinyArchitecture, TinyDtype, TinyModel, TinyRope, dequantise_gguf,
 };
@@ -179,6 +180,27 @@ fn tiny_checkpoints_of_every_type_say_what_the_oracle_says() {
         for len in [1, 31, 32, 33, 500] {
             let ids: Vec<u32> = (0..len).map(|i| 3 + (i * i + 7 * i) % 500).collect();
             assert_equal_over_the_same_cache(&mut engine, &oracle, &ids);
+        }
+    }
+}
+
+#[test]
+fn fp8_checkpoints_say_what_the_oracle_says() {
+    for kind in [TinyFp8::ModelOptimizer, TinyFp8::CompressedTensors] {
+        let folder = tempfile::tempdir().unwrap();
+        TinyModel::default().write_fp8(folder.path(), kind).unwrap();
+        let mut engine = Engine::new(folder.path(), Simd::Auto);
+        let oracle = Oracle::from_hf(folder.path()).unwrap().in_bf16();
+        for len in [1, 33, 500] {
+            let ids: Vec<u32> = (0..len).map(|i| 3 + (i * i + 7 * i) % 500).collect();
+            assert_equal_over_the_same_cache(&mut engine, &oracle, &ids);
+        }
+        for kept in [CpuWeights::Q8_0, CpuWeights::Q4_1] {
+            let mut engine = Engine::kept(folder.path(), kept, Simd::Auto);
+            let (got, expected) =
+                (engine.begin(&[70, 90, 300]), oracle.logprobs(&[70, 90, 300], KvRounding::Bf16));
+            let off = quantile(&mut errors(&got, &expected), 0.5);
+            assert!(off > 0.0 && off < 1.0, "{kind:?} {kept:?}: {off}");
         }
     }
 }

@@ -13,7 +13,7 @@ use toml::toml;
 use crate::support::{READY, Running, STOP, all_free, blocks, complete, start, token_ids};
 use crate::tiny::{self, Tiny};
 
-const PATH: &str = "/v1/completions";
+pub const PATH: &str = "/v1/completions";
 
 fn context_request(model: &Tiny, prompt: &[u64], id: u64) -> Value {
     json!({"model": model.name, "prompt": prompt, "max_tokens": 6, "temperature": 0, "ignore_eos": true,
@@ -21,7 +21,7 @@ fn context_request(model: &Tiny, prompt: &[u64], id: u64) -> Value {
 }
 
 /// The generation request that follows from a context answer.
-fn generation_request(request: &Value, answer: &Value) -> Value {
+pub fn generation_request(request: &Value, answer: &Value) -> Value {
     let mut request = request.clone();
     request["prompt"] = answer["prompt_token_ids"].clone();
     request["disaggregated_params"] = answer["choices"][0]["disaggregated_params"].clone();

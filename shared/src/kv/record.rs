@@ -497,6 +497,17 @@ mod tests {
     }
 
     #[test]
+    fn blocks_of_an_element_type_that_is_not_known_are_refused_by_that_name() {
+        let bytes = sample(&mut StdRng::seed_from_u64(8)).encode(&keys()).unwrap();
+        let mut content = bytes[HEADER_BYTES..bytes.len() - TAG_BYTES].to_vec();
+        let layout = [1, 32, 0, 0, 0, 64, 0, 0, 0];
+        let at = content.windows(layout.len()).position(|window| window == layout).unwrap();
+        content[at] = 2;
+        let refused = Record::decode(&signed(&content), &keys());
+        assert_eq!(refused, Err(RecordError::Garbage("dtype")));
+    }
+
+    #[test]
     fn a_record_beyond_one_mebibyte_is_not_written() {
         let mut record = sample(&mut StdRng::seed_from_u64(6));
         let runs: Vec<_> = (0..140_000).map(|block| 2 * block..2 * block + 1).collect();

@@ -11,11 +11,8 @@ use super::ModelSpec;
 use super::architecture::Architecture;
 use super::error::ModelError;
 use super::members::Members;
+use super::quantization;
 use super::rope::Llama3;
-
-/// Members that change the results, and the one value besides null that is computed here.
-const ONLY: &[(&str, Value)] =
-    &[("mlp_bias", Value::Bool(false)), ("quantization_config", Value::Null)];
 
 /// The window of a Mistral whose file does not say: its class's default.
 const MISTRAL_WINDOW: u32 = 4096;
@@ -37,6 +34,7 @@ pub fn read(folder: &Path) -> Result<Config, ModelError> {
     let config = Members::read(folder.join("config.json"))?;
     let (class, architecture) = class(&config)?;
     check_supported(&config, architecture)?;
+    quantization::check(folder, &config)?;
     let heads = config.need("num_attention_heads")?;
     let hidden = config.need("hidden_size")?;
     let head_dim = match config.number("head_dim")? {
@@ -105,13 +103,8 @@ fn check_supported(config: &Members, architecture: Architecture) -> Result<(), M
     if !architecture.has_qkv_bias() && config.flag("attention_bias")? {
         return Err(config.refuse("attention_bias", "is true, supported is false"));
     }
-    for (key, only) in ONLY {
-        match config.get(key) {
-            Some(found) if found != only => {
-                return Err(config.refuse(key, format!("is {found}, supported is {only}")));
-            }
-            Some(_) | None => {}
-        }
+    if config.flag("mlp_bias")? {
+        return Err(config.refuse("mlp_bias", "is true, supported is false"));
     }
     let kinds = config.get("layer_types").and_then(Value::as_array).into_iter().flatten();
     for kind in kinds {

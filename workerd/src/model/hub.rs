@@ -15,9 +15,10 @@ use cache::Repository;
 use client::{Client, Listing};
 
 /// Whether a worker needs it: names at the top of a repository.
-const SMALL_FILES: [&str; 6] = [
+const SMALL_FILES: [&str; 7] = [
     "config.json",
     "generation_config.json",
+    "hf_quant_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",

@@ -13,7 +13,7 @@ use baton_shared::text::gguf::Gguf;
 use super::error::ModelError;
 use super::progress::Progress;
 use super::tensors::Tensors;
-use super::{Layer, Model, ModelSpec, Source, Weight, config_json, gguf, safetensors};
+use super::{Layer, Model, ModelSpec, Source, Weight, config_json, gguf, safetensors, scales};
 
 /// What a format calls the tensors.
 #[derive(Debug)]
@@ -99,7 +99,9 @@ pub fn open(path: &Path) -> Result<ModelFiles, ModelError> {
         let mut tensors = safetensors::open(path)?;
         if config.tied {
             tensors.skip(HUGGING_FACE.head);
+            tensors.skip(&format!("{}_scale", HUGGING_FACE.head));
         }
+        scales::skip_unused(&mut tensors);
         for i in 0..config.spec.layers {
             tensors.skip(&format!("{}.{i}.{ROPE_TABLE}", HUGGING_FACE.layer));
         }
@@ -156,6 +158,7 @@ impl ModelFiles {
     ) -> Result<Self, ModelError> {
         for (name, shape) in names.expected(&spec, own_head) {
             tensors.check(&name, &shape)?;
+            scales::read(&mut tensors, &name)?;
             tensors.skip(&name);
         }
         if let Some((name, path)) = tensors.leftover() {
@@ -182,7 +185,7 @@ impl ModelFiles {
     fn matrix(&mut self, name: &str, rows: u64, cols: u64) -> Result<Weight, ModelError> {
         let weight = self.tensors.matrix(name, rows, cols)?;
         self.progress.add(weight.bytes.len() as u64);
-        Ok(weight)
+        Ok(Weight { scales: scales::read(&mut self.tensors, name)?, ..weight })
     }
 
     /// Rows that RoPE turns.

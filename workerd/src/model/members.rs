@@ -41,6 +41,11 @@ impl Members {
         ModelError::setting(&self.path, &format!("{}{key}", self.prefix), rule)
     }
 
+    /// Of all members.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.members.keys().map(String::as_str)
+    }
+
     /// Whether the member is there, be it null.
     pub fn has(&self, key: &str) -> bool {
         self.members.contains_key(key)

@@ -1,8 +1,8 @@
 //! A model on disk: what shape it has ([`spec`]), and its tensors, loaded into one form.
 //!
 //! [`open()`] is the way in. [`gguf`], and [`config_json`] with [`safetensors`], read one format each into a
-//! [`ModelSpec`] and a table of [`tensors`]; [`dequantize`](dequantize()) says what stored bytes mean, and [`narrowed`]
-//! makes weights smaller.
+//! [`ModelSpec`] and a table of [`tensors`]; `quantization` and `scales` say which FP8 folders can be read and find their
+//! scales; [`dequantize`](dequantize()) says what stored bytes mean, and [`narrowed`] makes weights smaller.
 
 pub mod architecture;
 pub mod config_json;
@@ -15,8 +15,10 @@ mod members;
 pub mod narrowed;
 pub mod parallel;
 pub mod progress;
+mod quantization;
 pub mod rope;
 pub mod safetensors;
+mod scales;
 pub mod spec;
 pub mod tensors;
 #[cfg(test)]

@@ -119,6 +119,7 @@ fn stored_type(dtype: Dtype) -> StoredType {
         Dtype::F32 => StoredType::Known(WeightType::F32),
         Dtype::F16 => StoredType::Known(WeightType::F16),
         Dtype::BF16 => StoredType::Known(WeightType::Bf16),
+        Dtype::F8_E4M3 => StoredType::Known(WeightType::F8E4M3),
         other => StoredType::Other(other.to_string()),
     }
 }

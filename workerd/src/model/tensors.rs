@@ -137,6 +137,21 @@ impl Tensors {
         Some(&self.entries.get(name)?.shape)
     }
 
+    /// The type of a tensor, where weights may have it.
+    pub fn dtype(&self, name: &str) -> Option<WeightType> {
+        match self.entries.get(name)?.dtype {
+            StoredType::Known(dtype) => Some(dtype),
+            StoredType::Other(_) => None,
+        }
+    }
+
+    /// The error of a tensor; `rule` says what is found and what is allowed.
+    pub fn refuse(&self, name: &str, rule: impl Into<String>) -> ModelError {
+        let entry = self.entries.get(name);
+        let path = entry.map_or(Path::new(""), |entry| &self.files[entry.file].path);
+        ModelError::tensor(path, name, rule)
+    }
+
     /// Bytes of all tensors together.
     pub fn bytes(&self) -> u64 {
         self.entries.values().map(|e| e.len).fold(0, u64::saturating_add)
@@ -149,13 +164,18 @@ impl Tensors {
         }
     }
 
+    /// Marks all tensors of such names as known.
+    pub fn skip_all(&mut self, is_known: impl Fn(&str) -> bool) {
+        self.known.extend(self.entries.keys().filter(|name| is_known(name)).cloned());
+    }
+
     /// The first tensor, by name, that is neither known nor was read, and its file.
     pub fn leftover(&self) -> Option<(&str, &Path)> {
         let (name, entry) = self.entries.iter().find(|(name, _)| !self.known.contains(*name))?;
         Some((name, &self.files[entry.file].path))
     }
 
-    /// A matrix of this shape, its bytes as stored.
+    /// A matrix of this shape, its bytes as stored; its scales, where it has some, are other tensors.
     ///
     /// # Errors
     /// [`ModelError::Tensor`] when it is missing, has another shape or a type that is not supported;
@@ -171,16 +191,23 @@ impl Tensors {
     /// # Errors
     /// As [`Tensors::matrix`], and [`ModelError::Tensor`] when an element is not finite.
     pub fn vector(&mut self, name: &str, len: u64) -> Result<Vec<f32>, ModelError> {
-        let (dtype, bytes) = self.take(name, &[len])?;
-        let (cols, bytes) = (len as usize, Arc::new(bytes));
+        self.numbers(name, &[len])
+    }
+
+    /// A small tensor of any shape as f32.
+    ///
+    /// # Errors
+    /// As [`Tensors::vector`].
+    pub fn numbers(&mut self, name: &str, shape: &[u64]) -> Result<Vec<f32>, ModelError> {
+        let (dtype, bytes) = self.take(name, shape)?;
+        let (block, block_bytes) = dtype.block();
+        let cols = bytes.len() / block_bytes as usize * block as usize;
+        let bytes = Arc::new(bytes);
         let weight = Weight { dtype, rows: 1, cols, bytes, scales: Scales::One };
         let vector = dequantize(&weight, 0);
         match vector.iter().position(|x| !x.is_finite()) {
             None => Ok(vector),
-            Some(i) => {
-                let path = &self.files[self.entries[name].file].path;
-                Err(ModelError::tensor(path, name, format!("has {} at element {i}", vector[i])))
-            }
+            Some(i) => Err(self.refuse(name, format!("has {} at element {i}", vector[i]))),
         }
     }
 
@@ -259,9 +286,9 @@ impl Tensors {
     }
 }
 
-/// Bytes of a tensor of this type and shape; `None` when there is no such tensor.
+/// Bytes of a tensor of this type and shape (without extents it is one element); `None` when there is no such tensor.
 pub fn stored_bytes(dtype: WeightType, shape: &[u64]) -> Option<u64> {
-    let (cols, rows) = shape.split_last()?;
+    let (cols, rows) = shape.split_last().unwrap_or((&1, &[]));
     let (block, bytes) = dtype.block();
     if !cols.is_multiple_of(block) {
         return None;
@@ -301,7 +328,8 @@ mod tests {
         assert_eq!(stored_bytes(WeightType::Q4_1, &[3, 64]), Some(120));
         assert_eq!(stored_bytes(WeightType::Q4_1, &[3, 33]), None);
         assert_eq!(stored_bytes(WeightType::F32, &[u64::MAX, 4]), None);
-        assert_eq!(stored_bytes(WeightType::F32, &[]), None);
+        assert_eq!(stored_bytes(WeightType::F32, &[]), Some(4));
+        assert_eq!(stored_bytes(WeightType::Q8_0, &[]), None);
     }
 
     #[test]

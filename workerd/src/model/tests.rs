@@ -11,6 +11,7 @@ use super::narrowed::{CpuWeights, Narrowed};
 use super::*;
 
 mod architectures;
+mod fp8;
 
 const LAYERS: usize = 2;
 const HIDDEN: usize = 32;
@@ -236,7 +237,7 @@ fn what_a_folder_asks_for_and_is_not_supported_is_named() {
         ("layer_types", json!(["full_attention", "linear_attention"]), "has \"linear_attention\""),
         ("sliding_window", json!(0), "is 0"),
         ("attention_bias", json!(true), "supported is false"),
-        ("quantization_config", json!({"bits": 4}), "supported is null"),
+        ("mlp_bias", json!(true), "supported is false"),
         ("hidden_act", json!("gelu"), "supported is `silu`"),
         ("hidden_size", json!(-3), "not a whole number"),
         ("vocab_size", Value::Null, "is missing"),
