@@ -8,13 +8,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use baton_shared::kv::layout::KvDtype;
 use baton_shared::os;
 
 use crate::backend::cpu::{CpuBackend, CpuOptions, Simd};
 use crate::backend::cuda::sys::{Gpu, GpuError};
 use crate::backend::cuda::{CudaBackend, CudaError, CudaOptions, PoolSize};
-use crate::backend::{Backend, warm_up};
+use crate::backend::{Backend, pool_layout, warm_up};
 use crate::config::{EngineSection, KvSection, WorkerConfig};
 use crate::engine::StepPace;
 use crate::model::narrowed::{CpuWeights, Narrowed};
@@ -202,9 +201,11 @@ fn cpu_weights(config: &WorkerConfig) -> CpuWeights {
 }
 
 /// Blocks that `kv.max_tokens` allows.
-fn most_blocks(config: &WorkerConfig) -> Option<u32> {
-    let tokens = Some(config.kv.max_tokens).filter(|tokens| *tokens > 0);
-    tokens.map(|tokens| (tokens / config.kv.block_tokens).max(1))
+fn most_blocks(config: &WorkerConfig) -> u32 {
+    match config.kv.max_tokens {
+        0 => u32::MAX,
+        tokens => (tokens / config.kv.block_tokens).max(1),
+    }
 }
 
 /// Tokens of a step: as configured, else `usual`; each sequence of a step has one.
@@ -220,10 +221,7 @@ fn cuda_options(config: &WorkerConfig, max_len: u32) -> CudaOptions {
         max_batch_tokens: batch_tokens(config, CUDA_TOKENS),
         // The first steps are a sequence too.
         max_len: max_len.max(warm_up::LONGEST + 1),
-        pool: match most_blocks(config) {
-            None => PoolSize::Fraction(fraction),
-            Some(blocks) => PoolSize::AtMost { blocks, fraction },
-        },
+        pool: PoolSize::Share { fraction, most: most_blocks(config) },
         block_tokens: config.kv.block_tokens,
         graphs: true,
     }
@@ -231,8 +229,7 @@ fn cuda_options(config: &WorkerConfig, max_len: u32) -> CudaOptions {
 
 fn cpu_options(config: &WorkerConfig, spec: &ModelSpec) -> Result<CpuOptions> {
     let block_tokens = config.kv.block_tokens;
-    let vectors = u64::from(spec.layers) * u64::from(spec.kv_heads) * 2 * u64::from(block_tokens);
-    let block_bytes = vectors * u64::from(spec.head_dim) * KvDtype::Bf16.bytes();
+    let block_bytes = pool_layout(spec, block_tokens, 1).block_bytes();
     let pool = config.kv.pool;
     let blocks = u32::try_from(pool.get() / block_bytes).unwrap_or(u32::MAX);
     ensure!(
@@ -246,7 +243,7 @@ fn cpu_options(config: &WorkerConfig, spec: &ModelSpec) -> Result<CpuOptions> {
         },
         max_sequences: config.engine.max_sequences,
         max_batch_tokens: batch_tokens(config, MOST_CPU_TOKENS),
-        blocks: most_blocks(config).map_or(blocks, |most| most.min(blocks)),
+        blocks: most_blocks(config).min(blocks),
         block_tokens,
         simd: Simd::Auto,
     })
@@ -316,9 +313,10 @@ mod tests {
     #[test]
     fn the_pool_of_a_gpu_is_a_share_of_what_is_free_and_max_tokens_bounds_it() {
         let pool = |text| cuda_options(&config(text), 2048).pool;
-        assert_eq!(pool(""), PoolSize::Fraction(0.9));
-        assert_eq!(pool("[kv]\nfree_gpu_memory_fraction = 0.4"), PoolSize::Fraction(0.4));
-        let bounded = PoolSize::AtMost { blocks: 128, fraction: 0.9 };
+        let share = |fraction, most| PoolSize::Share { fraction, most };
+        assert_eq!(pool(""), share(0.9, u32::MAX));
+        assert_eq!(pool("[kv]\nfree_gpu_memory_fraction = 0.4"), share(0.4, u32::MAX));
+        let bounded = share(0.9, 128);
         assert_eq!(pool("[kv]\nmax_tokens = 4096\npool = \"1MiB\""), bounded);
     }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use baton_shared::text::gguf::Gguf;
 use baton_shared::text::tokenizer::Tokenizer;
-use baton_workerd::backend::cpu::check;
+use baton_workerd::backend::check;
 use baton_workerd::model;
 use peak_alloc::PeakAlloc;
 

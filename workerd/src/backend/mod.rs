@@ -1,5 +1,6 @@
 //! One rank's device. A [`StepPlan`] goes to every rank of an instance; block ids are equal on all ranks.
 
+pub mod check;
 pub mod conformance;
 pub mod cpu;
 pub mod cuda;
@@ -8,7 +9,9 @@ pub mod warm_up;
 
 use crate::engine::step::{StepOut, StepPlan};
 use crate::kv::region::KvRegion;
+use crate::model::ModelSpec;
 use baton_shared::id::BlockIndex;
+use baton_shared::kv::layout::{KvDtype, KvLayout};
 
 /// What a back end can do; fixed at start.
 #[derive(Clone, Debug)]
@@ -60,4 +63,10 @@ pub trait Backend: Send {
     /// # Errors
     /// [`BackendError`].
     fn copy_blocks(&mut self, pairs: &[(BlockIndex, BlockIndex)]) -> Result<(), BackendError>;
+}
+
+/// How a back end's pool lies: block-major without gaps, so one block is one range.
+pub fn pool_layout(spec: &ModelSpec, block_tokens: u32, blocks: u32) -> KvLayout {
+    let (layers, heads) = (0..spec.layers, 0..spec.kv_heads);
+    KvLayout::block_major(KvDtype::Bf16, block_tokens, spec.head_dim, blocks, layers, heads)
 }

@@ -71,6 +71,12 @@ pub fn random(gpu: &Arc<dyn Gpu>, elements: usize) -> Result<Buffer> {
     Ok(buffer)
 }
 
+/// As the device has them.
+fn words(values: Vec<u32>) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+/// Measures them.
 pub fn ceilings(gpu: &Arc<dyn Gpu>, kernels: &Kernels) -> Result<Ceilings> {
     let bytes = 2_usize << 30;
     let copy = {
@@ -151,8 +157,7 @@ pub fn rows(gpu: &Arc<dyn Gpu>, kernels: &Kernels, m: u32) -> Result<Vec<String>
     let blocks = m.div_ceil(32);
     let layout = KvLayout::block_major(KvDtype::Bf16, 32, 128, blocks, 0..1, 0..8);
     let pool = random(gpu, layout.bytes() as usize / 2)?;
-    let words: Vec<u8> = (0..m).flat_map(u32::to_le_bytes).collect();
-    let positions = Buffer::with(gpu, "positions", &words)?;
+    let positions = Buffer::with(gpu, "positions", &words((0..m).collect()))?;
     let zeros = Buffer::with(gpu, "starts", &vec![0; n * 4])?;
     let rows = Rows {
         count: m,
@@ -203,8 +208,6 @@ pub fn layer(gpu: &Arc<dyn Gpu>, kernels: &Kernels, batch: u32) -> Result<Vec<St
     let blocks = batch * context / 32;
     let layout = KvLayout::block_major(KvDtype::Bf16, 32, 128, blocks, 0..REPEATS as u32, 0..8);
     let pool = random(gpu, layout.bytes() as usize / 2)?;
-    let words =
-        |values: Vec<u32>| -> Vec<u8> { values.iter().flat_map(|v| v.to_le_bytes()).collect() };
     let positions = Buffer::with(gpu, "rows", &words(vec![context - 1; n]))?;
     let starts =
         Buffer::with(gpu, "rows", &words((0..batch).map(|row| row * context / 32).collect()))?;
@@ -314,9 +317,6 @@ pub fn attention(gpu: &Arc<dyn Gpu>, kernels: &Kernels) -> Result<Vec<String>> {
         let blocks = batch * context / 32;
         let layout = KvLayout::block_major(KvDtype::Bf16, 32, 128, blocks, 0..1, 0..8);
         let pool = random(gpu, layout.bytes() as usize / 2)?;
-        let words = |values: Vec<u32>| -> Vec<u8> {
-            values.iter().flat_map(|value| value.to_le_bytes()).collect()
-        };
         let positions = Buffer::with(gpu, "positions", &words(vec![context - 1; batch as usize]))?;
         let per_row = context / 32;
         let starts = (0..batch).map(|row| row * per_row).collect();
@@ -367,9 +367,6 @@ pub fn attention(gpu: &Arc<dyn Gpu>, kernels: &Kernels) -> Result<Vec<String>> {
         let blocks = context / 32;
         let layout = KvLayout::block_major(KvDtype::Bf16, 32, 128, blocks, 0..1, 0..8);
         let pool = random(gpu, layout.bytes() as usize / 2)?;
-        let words = |values: Vec<u32>| -> Vec<u8> {
-            values.iter().flat_map(|value| value.to_le_bytes()).collect()
-        };
         let tables = Buffer::with(
             gpu,
             "tables",

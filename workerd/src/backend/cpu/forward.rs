@@ -6,11 +6,11 @@ use super::CpuError;
 use super::arena::{Arena, OutOfMemory};
 use super::attention::{self, Heads, Parts};
 use super::cache::Cache;
-use super::check;
 use super::linear::{Activations, Linear, Team, Tiling, grow};
 use super::pieces::{Count, Split};
 use super::places::Places;
 use super::switches::Switches;
+use crate::backend::check;
 use crate::model::{Layer, Source};
 
 /// The weights as the kernels read them.

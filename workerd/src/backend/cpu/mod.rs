@@ -6,7 +6,6 @@
 pub mod arena;
 pub mod attention;
 pub mod cache;
-pub mod check;
 pub mod forward;
 pub mod kernels;
 pub mod linear;
@@ -20,19 +19,19 @@ pub mod threads;
 use std::collections::VecDeque;
 
 use baton_shared::id::BlockIndex;
-use baton_shared::kv::layout::{InvalidLayout, KvDtype, KvLayout};
+use baton_shared::kv::layout::InvalidLayout;
 
 use self::cache::Cache;
 use self::forward::{Batch, Weights, Workspace};
 use self::kernels::Kernels;
 use self::linear::{Scratch, Team};
 use self::threads::Threads;
-use super::{Backend, BackendError, Caps, StepTicket};
+use super::{Backend, BackendError, Caps, StepTicket, check, pool_layout};
 use crate::engine::sampling::Sampler;
 use crate::engine::step::{Input, Slot, StepOut, StepPlan};
 use crate::kv::host_memory::HostMemory;
 use crate::kv::region::{KvRegion, Region};
-use crate::model::{Model, ModelError, ModelSpec, Source};
+use crate::model::{Model, ModelError, Source};
 
 /// Which kernels run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -133,7 +132,7 @@ impl CpuBackend {
     /// # Errors
     /// [`CpuError`].
     pub fn load(source: &mut impl Source, options: &CpuOptions) -> Result<Self, CpuError> {
-        let layout = layout(source.spec(), options);
+        let layout = pool_layout(source.spec(), options.block_tokens, options.blocks);
         layout.validate()?;
         let bytes = layout.bytes();
         let memory = usize::try_from(bytes).map_err(|_| std::io::ErrorKind::OutOfMemory.into());
@@ -241,22 +240,16 @@ impl Backend for CpuBackend {
                 Ok(())
             }
             other => {
-                let oldest = other.as_ref().map(|(oldest, _)| oldest.0);
+                let oldest = other.as_ref().map(|(oldest, _)| *oldest);
                 self.done.extend(other);
-                let message = format!("collecting step {}, the oldest is {oldest:?}", ticket.0);
-                Err(BackendError::InvalidPlan(message))
+                Err(check::not_oldest(ticket, oldest))
             }
         }
     }
 
     fn copy_blocks(&mut self, pairs: &[(BlockIndex, BlockIndex)]) -> Result<(), BackendError> {
         let layout = &self.pool.layout;
-        for block in pairs.iter().flat_map(|(from, to)| [from, to]) {
-            if block.0 >= layout.blocks {
-                let message = format!("block {} of {}", block.0, layout.blocks);
-                return Err(BackendError::InvalidPlan(message));
-            }
-        }
+        check::copies(pairs, layout)?;
         let stride = layout.stride_block as usize;
         let len = layout.block_bytes() as usize;
         for (from, to) in pairs {
@@ -265,18 +258,6 @@ impl Backend for CpuBackend {
         }
         Ok(())
     }
-}
-
-/// The pool's layout: block-major without gaps, so one block is one range.
-fn layout(spec: &ModelSpec, options: &CpuOptions) -> KvLayout {
-    KvLayout::block_major(
-        KvDtype::Bf16,
-        options.block_tokens,
-        spec.head_dim,
-        options.blocks,
-        0..spec.layers,
-        0..spec.kv_heads,
-    )
 }
 
 #[cfg(test)]

@@ -102,10 +102,10 @@ impl Flights {
         &mut self,
         ticket: StepTicket,
         out: &mut StepOut,
-    ) -> Result<Result<(), Option<u64>>, GpuError> {
+    ) -> Result<Result<(), Option<StepTicket>>, GpuError> {
         let oldest = self.under_way.front().map(|flight| flight.ticket);
         if oldest != Some(ticket) {
-            return Ok(Err(oldest.map(|oldest| oldest.0)));
+            return Ok(Err(oldest));
         }
         let Some(flight) = self.under_way.pop_front() else { return Ok(Err(None)) };
         flight.done.wait()?;

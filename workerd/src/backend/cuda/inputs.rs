@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::sys::launch::{OPEN_BYTES, TILE_ROWS};
 use crate::engine::sampling::SamplingParams;
-use crate::engine::step::{Input, SlotOpen, StepPlan};
+use crate::engine::step::{Input, SlotOpen, StepPlan, StepSeq};
 
 /// Of a row that is nobody's; of a token that only the device knows.
 const NONE: u32 = u32::MAX;
@@ -81,7 +81,7 @@ impl Inputs {
     /// Looks at a step whose plan was checked.
     pub fn look(&mut self, step: &StepPlan) {
         self.tiles.clear();
-        let is_decode = |seq: &&crate::engine::step::StepSeq| seq.input.len() == 1;
+        let is_decode = |seq: &&StepSeq| seq.input.len() == 1;
         self.decodes = step.seqs.iter().take_while(is_decode).count() as u32;
         self.rows = step.rows() as u32;
         self.sampled = step.seqs.iter().filter(|seq| seq.sample).count() as u32;
@@ -212,7 +212,7 @@ mod tests {
     use baton_shared::id::BlockIndex;
 
     use super::*;
-    use crate::engine::step::{Slot, StepSeq};
+    use crate::engine::step::Slot;
 
     fn plan() -> StepPlan {
         let seq = |slot, start, input, table, sample| StepSeq {

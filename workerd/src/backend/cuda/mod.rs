@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use baton_shared::id::BlockIndex;
-use baton_shared::kv::layout::{InvalidLayout, KvDtype, KvLayout};
+use baton_shared::kv::layout::{InvalidLayout, KvLayout};
 
 use self::flights::Flights;
 use self::forward::{Arena, MOST_ALTERNATIVES, Work, splits};
@@ -28,8 +28,7 @@ use self::sys::launch::Kernels;
 use self::sys::queue::Graph;
 use self::sys::{Gpu, GpuError};
 use self::weights::Weights;
-use super::cpu::check;
-use super::{Backend, BackendError, Caps, StepTicket};
+use super::{Backend, BackendError, Caps, StepTicket, check, pool_layout};
 use crate::engine::step::{Slot, StepOut, StepPlan};
 use crate::kv::region::{KvRegion, Region};
 use crate::model::{ModelError, ModelSpec, Source};
@@ -42,14 +41,12 @@ const BUCKETS: [u32; 13] = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256];
 pub enum PoolSize {
     /// So many blocks.
     Blocks(u32),
-    /// This share of the memory that is free once everything else is there.
-    Fraction(f64),
-    /// So many blocks, or as many as that share holds, whichever is less.
-    AtMost {
-        /// Blocks.
-        blocks: u32,
-        /// See [`Self::Fraction`].
+    /// This share of the memory that is free once everything else is there, but no more than so many blocks.
+    Share {
+        /// Above 0, at most 1.
         fraction: f64,
+        /// Blocks.
+        most: u32,
     },
 }
 
@@ -303,20 +300,13 @@ impl Backend for CudaBackend {
     }
 
     fn collect(&mut self, ticket: StepTicket, out: &mut StepOut) -> Result<(), BackendError> {
-        self.flights.land(ticket, out).map_err(device)?.map_err(|oldest| {
-            let message = format!("collecting step {}, the oldest is {oldest:?}", ticket.0);
-            BackendError::InvalidPlan(message)
-        })
+        let landed = self.flights.land(ticket, out).map_err(device)?;
+        landed.map_err(|oldest| check::not_oldest(ticket, oldest))
     }
 
     fn copy_blocks(&mut self, pairs: &[(BlockIndex, BlockIndex)]) -> Result<(), BackendError> {
         let layout = &self.pool.layout;
-        for block in pairs.iter().flat_map(|(from, to)| [from, to]) {
-            if block.0 >= layout.blocks {
-                let message = format!("block {} of {}", block.0, layout.blocks);
-                return Err(BackendError::InvalidPlan(message));
-            }
-        }
+        check::copies(pairs, layout)?;
         let (stride, len) = (layout.stride_block as usize, layout.block_bytes() as usize);
         for (from, to) in pairs.iter().filter(|(from, to)| from != to) {
             let (from, to) = (from.0 as usize * stride, to.0 as usize * stride);
@@ -326,27 +316,17 @@ impl Backend for CudaBackend {
     }
 }
 
-/// The pool's layout: block-major without gaps, so one block is one range.
+/// How many blocks, and how they lie.
 fn layout(
     gpu: &Arc<dyn Gpu>,
     spec: &ModelSpec,
     options: &CudaOptions,
 ) -> Result<KvLayout, CudaError> {
-    let of = |blocks| {
-        KvLayout::block_major(
-            KvDtype::Bf16,
-            options.block_tokens,
-            spec.head_dim,
-            blocks,
-            0..spec.layers,
-            0..spec.kv_heads,
-        )
-    };
+    let of = |blocks| pool_layout(spec, options.block_tokens, blocks);
     let blocks = match options.pool {
         PoolSize::Blocks(blocks) => blocks,
-        PoolSize::Fraction(fraction) | PoolSize::AtMost { fraction, .. } => {
-            let free = gpu.free_memory()?;
-            let block = of(1).block_bytes();
+        PoolSize::Share { fraction, most } => {
+            let (free, block) = (gpu.free_memory()?, of(1).block_bytes());
             let blocks = (free as f64 * fraction / block as f64) as u64;
             if blocks == 0 {
                 return Err(CudaError::Gpu(GpuError::OutOfMemory {
@@ -358,10 +338,6 @@ fn layout(
                     total: gpu.facts().memory,
                 }));
             }
-            let most = match options.pool {
-                PoolSize::AtMost { blocks, .. } => blocks,
-                PoolSize::Blocks(_) | PoolSize::Fraction(_) => u32::MAX,
-            };
             u32::try_from(blocks).unwrap_or(u32::MAX).min(most)
         }
     };

@@ -3,15 +3,14 @@
 
 use std::sync::Arc;
 
-use half::bf16;
-
 use super::CudaError;
 use super::sys::buffer::Buffer;
 use super::sys::launch::Dims;
 use super::sys::products::{Format, Matrix};
 use super::sys::{Gpu, GpuError};
-use crate::backend::cpu::check;
-use crate::model::{ModelSpec, Scales, Source, Weight, WeightType, dequantize, parallel};
+use crate::backend::check;
+use crate::model::dequantize::put_bf16;
+use crate::model::{ModelSpec, Scales, Source, Weight, WeightType, parallel};
 
 /// Columns that kernels take of weights of one byte at a time.
 const NARROW_SLICE: usize = 64;
@@ -231,11 +230,6 @@ fn as_bf16(weight: &Weight) -> Arc<Vec<u8>> {
     }
     let row_bytes = weight.cols * 2;
     let mut bytes = vec![0; weight.rows * row_bytes];
-    parallel::each_row(&mut bytes, row_bytes, |row, out| {
-        let values = dequantize(weight, row);
-        for (out, value) in out.as_chunks_mut::<2>().0.iter_mut().zip(values) {
-            *out = bf16::from_f32(value).to_le_bytes();
-        }
-    });
+    parallel::each_row(&mut bytes, row_bytes, |row, out| put_bf16(weight, row, out));
     Arc::new(bytes)
 }

@@ -138,7 +138,8 @@ fn a_device_that_is_too_small_is_told_with_sizes() {
 fn a_share_of_what_is_free_becomes_blocks() {
     let model = tiny_model(&SHAPES[0]);
     let emulator = Emulator::new(8 << 20, 3, false);
-    let options = CudaOptions { pool: PoolSize::Fraction(0.5), ..small() };
+    let options =
+        CudaOptions { pool: PoolSize::Share { fraction: 0.5, most: u32::MAX }, ..small() };
     let gpu: Arc<dyn Gpu> = Arc::<Emulator>::clone(&emulator);
     let backend = cuda(&gpu, &model, &options);
     let pool = backend.pool().layout.bytes();
@@ -146,7 +147,8 @@ fn a_share_of_what_is_free_becomes_blocks() {
     // What was free is the pool and what is left, but for pinned memory's and graphs' sake nothing.
     let block = backend.pool().layout.block_bytes();
     assert!(pool.abs_diff((pool + left) / 2) <= block + (64 << 10), "{pool} of {}", pool + left);
-    let options = CudaOptions { pool: PoolSize::Fraction(1e-9), ..small() };
+    let options =
+        CudaOptions { pool: PoolSize::Share { fraction: 1e-9, most: u32::MAX }, ..small() };
     let gpu: Arc<dyn Gpu> = Arc::<Emulator>::clone(&emulator);
     let error = CudaBackend::load(&gpu, &mut &model, &options).unwrap_err().to_string();
     assert!(error.contains("one block of the pool"), "{error}");

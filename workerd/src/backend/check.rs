@@ -1,9 +1,11 @@
-//! Whether this back end can run a model, and whether a step plan keeps the contract: checked before memory is touched.
+//! Whether a back end can run a model, and whether a step plan keeps the contract: checked before memory is touched, and
+//! the same for all of them.
 
+use baton_shared::id::BlockIndex;
 use baton_shared::kv::layout::KvLayout;
 
-use super::kernels::LANES;
-use crate::backend::{BackendError, Caps};
+use super::cpu::kernels::LANES;
+use super::{BackendError, Caps, StepTicket};
 use crate::engine::step::{Input, Slot, StepPlan, StepSeq};
 use crate::model::{Layer, Model, ModelSpec, Scales, Weight};
 
@@ -230,4 +232,25 @@ fn blocks(plan: &StepPlan, layout: &KvLayout, seen: &mut Seen) -> Result<(), Str
         }
     }
     Ok(())
+}
+
+/// Whether blocks that are to be copied are of the pool.
+///
+/// # Errors
+/// [`BackendError::InvalidPlan`].
+pub fn copies(pairs: &[(BlockIndex, BlockIndex)], layout: &KvLayout) -> Result<(), BackendError> {
+    let mut named = pairs.iter().flat_map(|(from, to)| [from, to]);
+    match named.find(|block| block.0 >= layout.blocks) {
+        None => Ok(()),
+        Some(block) => {
+            let message = format!("block {} of {}", block.0, layout.blocks);
+            Err(BackendError::InvalidPlan(message))
+        }
+    }
+}
+
+/// Says that `ticket` is not the step to be collected next.
+pub fn not_oldest(ticket: StepTicket, oldest: Option<StepTicket>) -> BackendError {
+    let oldest = oldest.map(|oldest| oldest.0);
+    BackendError::InvalidPlan(format!("collecting step {}, the oldest is {oldest:?}", ticket.0))
 }
