@@ -119,9 +119,11 @@ impl Layer<'_> {
                 Either::Second((out, running)) => {
                     let (part, head) = ((index - runs) / heads.keys, (index - runs) % heads.keys);
                     let Part { row, span } = places.parts[part];
+                    self.prefetch(row, head, Kind::Key, span * SPAN..places.end(row));
                     if span + 1 == places.spans(row) {
                         self.store(scratch, row, head..head + 1);
                     }
+                    self.prefetch(row, head, Kind::Value, span * SPAN..places.end(row));
                     self.turn(scratch, row..row + 1, head);
                     self.span(kernels, scratch, row..row + 1, head, span);
                     out.copy_from_slice(&scratch.out);
@@ -150,9 +152,11 @@ impl Layer<'_> {
     /// All spans of some rows, the queries of a KV head: into `scratch.merged`.
     fn whole(&self, kernels: Kernels, scratch: &mut Scratch, rows: Range<usize>, head: usize) {
         let Self { heads, places, .. } = *self;
+        self.prefetch(rows.start, head, Kind::Key, 0..places.end(rows.start));
         if places.is_alone(rows.start) {
             self.store(scratch, rows.start, head..head + 1);
         }
+        self.prefetch(rows.start, head, Kind::Value, 0..places.end(rows.start));
         self.turn(scratch, rows.clone(), head);
         scratch.merged_running.clear();
         scratch.merged_running.resize(rows.len() * heads.group(), Running::START);
@@ -196,17 +200,16 @@ impl Layer<'_> {
         }
         grow(stored, ATTENTION_TILE * size);
         let tile = ATTENTION_TILE * size;
-        let end = (places.positions[rows.end - 1] as usize + 1).min((span + 1) * SPAN);
+        let end = places.end(rows.end - 1).min((span + 1) * SPAN);
         for first in (span * SPAN..end).step_by(ATTENTION_TILE) {
             let tokens = ATTENTION_TILE.min(end - first);
+            let next = first + ATTENTION_TILE..end;
             cache.load((table, first, tokens), head, Kind::Key, stored);
+            self.prefetch(rows.start, head, Kind::Key, next.clone());
             (kernels.transpose)(&stored[..tile], &mut keys[..tile]);
             cache.load((table, first, tokens), head, Kind::Value, stored);
             (kernels.widen)(&stored[..tokens * size], &mut values[..tokens * size]);
-            if first + ATTENTION_TILE < end {
-                let next = first + ATTENTION_TILE;
-                cache.prefetch((table, next, ATTENTION_TILE.min(end - next)), head);
-            }
+            self.prefetch(rows.start, head, Kind::Value, next);
             let mut attend = |rows: Range<usize>, tokens: usize| {
                 let running = &mut running[rows.start * group..rows.end * group];
                 let vectors = rows.start * group * size..rows.end * group * size;
@@ -226,6 +229,14 @@ impl Layer<'_> {
             if at < rows.len() {
                 attend(at..rows.len(), ATTENTION_TILE);
             }
+        }
+    }
+
+    /// Has the first tile of some positions that a row sees fetched, if there is one.
+    fn prefetch(&self, row: usize, head: usize, kind: Kind, positions: Range<usize>) {
+        let tokens = positions.len().min(ATTENTION_TILE);
+        if tokens > 0 {
+            self.cache.prefetch((self.places.tables[row], positions.start, tokens), head, kind);
         }
     }
 

@@ -52,13 +52,11 @@ impl Cache<'_> {
         }
     }
 
-    /// Has the keys and values from position `first` on fetched, as far as they lie in one block, `tokens` at most.
-    pub fn prefetch(&self, (table, first, tokens): (usize, usize, usize), head: usize) {
-        let vector = self.vector_bytes();
-        for kind in [Kind::Key, Kind::Value] {
-            let (offset, run) = self.place(table, first, head, kind);
-            self.memory.prefetch(offset, run.min(tokens) * vector);
-        }
+    /// Has the vectors from position `first` on fetched, as far as they lie in one block, `tokens` at most. What is more
+    /// than 4 KiB at a time the processor may drop.
+    pub fn prefetch(&self, (table, first, tokens): (usize, usize, usize), head: usize, kind: Kind) {
+        let (offset, run) = self.place(table, first, head, kind);
+        self.memory.prefetch(offset, run.min(tokens) * self.vector_bytes());
     }
 
     fn vector_bytes(&self) -> usize {

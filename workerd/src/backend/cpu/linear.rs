@@ -242,7 +242,7 @@ impl Linear {
         (self.rows.div_ceil(ROWS) / (threads.count() * 4)).clamp(1, LONGEST_RUN)
     }
 
-    /// Has threads that wait fetch what they will read first of these weights.
+    /// Has threads that wait fetch what they will read of these weights.
     fn fetch_ahead(&self, threads: &Threads) {
         let share = self.rows / ROWS / threads.count() * ROWS;
         for thread in 0..threads.count() {
@@ -250,7 +250,8 @@ impl Linear {
             for part in &self.parts {
                 if row < part.rows {
                     let panel = row / ROWS;
-                    let end = part.count().min(panel + self.run(threads));
+                    let most = (share / ROWS).min(FETCHED_AHEAD / part.bytes(0..1).len());
+                    let end = part.count().min(panel + most.max(1));
                     threads.fetch_ahead(thread, part.bytes(panel..end));
                     break;
                 }
@@ -327,6 +328,9 @@ impl Linear {
         });
     }
 }
+
+/// Bytes of weights that wait in a thread's second cache at most.
+const FETCHED_AHEAD: usize = 384 << 10;
 
 /// Panels a thread takes at a time: their weights stay in its second cache while it goes through the tiles.
 const LONGEST_RUN: usize = 8;

@@ -91,6 +91,11 @@ impl Places {
         self.runs.extend((0..runs).map(|run| cut(run)..cut(run + 1)));
     }
 
+    /// Positions that a row sees: itself and those before.
+    pub fn end(&self, row: usize) -> usize {
+        self.positions[row] as usize + 1
+    }
+
     /// Spans that a row sees.
     pub fn spans(&self, row: usize) -> usize {
         self.positions[row] as usize / SPAN + 1

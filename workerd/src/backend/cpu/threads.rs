@@ -99,7 +99,7 @@ impl Threads {
     }
 
     /// Says what `thread` will read first in the next job but one: if it has to wait for that job, it has these bytes
-    /// fetched into its second cache.
+    /// fetched into its second cache, as many as the wait is long.
     pub fn fetch_ahead(&self, thread: usize, bytes: &[u8]) {
         let ahead = &self.shared.ahead[thread];
         ahead.start.store(bytes.as_ptr().addr(), Ordering::Relaxed);
@@ -313,12 +313,14 @@ impl Ahead {
     }
 }
 
+/// Lines a wait of some 25 ns asks for. The processor has room for 64 and gets 32 in 0.1 µs; what it has no room for it
+/// drops.
+const FETCHED: usize = 8;
+
 /// Waits a moment; has some more of what comes next fetched meanwhile.
 fn wait(ahead: &mut StepBy<Range<usize>>) {
-    match ahead.next() {
-        Some(line) => fetch(line),
-        None => std::hint::spin_loop(),
-    }
+    ahead.by_ref().take(FETCHED).for_each(fetch);
+    std::hint::spin_loop();
 }
 
 /// Asks for a cache line. Nothing is read as far as the language is concerned, and no address is wrong.
