@@ -279,7 +279,7 @@ impl Linear {
             self.rows,
             std::slice::from_ref(&rows),
             (ROWS, run),
-            team.threads.count(),
+            (team.threads.count(), KEPT / rows.end.max(1)),
         );
         team.each(grid, |scratch, _, mut rectangle| {
             let columns = rectangle.columns();
@@ -334,6 +334,9 @@ const FETCHED_AHEAD: usize = 384 << 10;
 
 /// Panels a thread takes at a time: their weights stay in its second cache while it goes through the tiles.
 const LONGEST_RUN: usize = 8;
+
+/// Panels at the end of a thread's share that it is not helped with, where there is one row: fewer the longer they take.
+const KEPT: usize = 3;
 
 /// Which of the numbers `part` lie in `wanted`, counted from the start of `part`.
 fn overlap(wanted: &Range<usize>, part: Range<usize>) -> Range<usize> {

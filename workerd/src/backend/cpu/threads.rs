@@ -1,6 +1,7 @@
 //! Fork-join over the compute threads: one job at a time, its pieces handed out by atomic counters, one a thread's share.
 //!
-//! A thread goes through its share in order, as memory is read fastest so, then helps with what the others have left.
+//! A thread goes through its share in order, as memory is read fastest so, then helps with what the others have left
+//! (but for small pieces at a share's end).
 //!
 //! The caller works too, so one thread needs no others. A job is over when its pieces are done: a thread that has not
 //! even begun (its core is busy with something else) is not waited for. Threads spin briefly between jobs, then sleep.
@@ -9,7 +10,7 @@
 
 use std::any::Any;
 use std::cell::UnsafeCell;
-use std::iter::StepBy;
+use std::iter::{self, StepBy};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -130,7 +131,7 @@ impl Threads {
         for (thread, share) in self.shares.iter_mut().enumerate() {
             let end = pieces.share_end(thread, threads);
             assert!(start <= end && end <= count, "shares ascend");
-            *share = Share { next: AtomicUsize::new(start), end };
+            *share = Share::new(start..end, pieces.kept());
             start = end;
         }
         assert_eq!(start, count, "shares are all pieces");
@@ -138,13 +139,14 @@ impl Threads {
         self.run(&|shares, thread| {
             // SAFETY: `thread` is below `count()` (asserted to be in bounds) and entered by one thread only.
             let scratch = unsafe { &mut *scratch.of(thread) };
-            // Its own share, then what the others have left.
-            let (others, own) = shares.split_at(thread);
-            for share in own.iter().chain(others) {
-                while let Some(index) = share.take() {
-                    // SAFETY: shares have no index in common, and each gives its own once.
-                    body(scratch, index, unsafe { pieces.piece(index) });
-                }
+            let (before, from) = shares.split_at(thread);
+            let (own, behind) = from.split_first().expect("one share a thread");
+            own.begin();
+            let left = behind.iter().chain(before);
+            let left = left.flat_map(|share| iter::from_fn(move || share.help()));
+            for index in iter::from_fn(|| own.take()).chain(left) {
+                // SAFETY: shares have no index in common, and each gives its own once.
+                body(scratch, index, unsafe { pieces.piece(index) });
             }
         });
     }
@@ -288,9 +290,31 @@ impl Shared {
 struct Share {
     next: AtomicUsize,
     end: usize,
+    /// How many of the last ones are left to the share's own thread once it has begun.
+    kept: usize,
+    /// Whether it has; it then takes all that is left.
+    begun: AtomicBool,
 }
 
 impl Share {
+    fn new(pieces: Range<usize>, kept: usize) -> Self {
+        let Range { start, end } = pieces;
+        Self { next: AtomicUsize::new(start), end, kept, begun: AtomicBool::new(false) }
+    }
+
+    /// Its own thread is there.
+    fn begin(&self) {
+        self.begun.store(true, Ordering::Relaxed);
+    }
+
+    /// For another thread: takes one unless its own thread does better alone.
+    fn help(&self) -> Option<usize> {
+        let kept = if self.begun.load(Ordering::Relaxed) { self.kept } else { 0 };
+        let left = self.next.load(Ordering::Relaxed) + kept < self.end;
+        left.then(|| self.take()).flatten()
+    }
+
+    /// For its own thread.
     fn take(&self) -> Option<usize> {
         // Looking first leaves the line where it is if there is nothing to take.
         let left = self.next.load(Ordering::Relaxed) < self.end;
@@ -353,6 +377,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::pieces::grid::Grid;
     use super::super::pieces::{Count, Split};
     use super::*;
 
@@ -372,7 +397,31 @@ mod tests {
                 assert!(data.iter().enumerate().all(|(at, &value)| value as usize == at * round));
             }
             assert_eq!(scratch.iter().sum::<usize>(), 1000 * 199);
+            let mut row = vec![0.0_f32; 1000];
+            for round in 1..200 {
+                let band = std::slice::from_ref(&(0..1));
+                let grid = Grid::tapered(&mut row, 1000, band, (8, 3), (count, 4));
+                threads.each(&mut scratch, grid, |_, _, mut piece| {
+                    piece.row(0).iter_mut().for_each(|value| *value += 1.0);
+                });
+                assert!(row.iter().all(|&value| value == round as f32));
+            }
         }
+    }
+
+    #[test]
+    fn others_leave_the_end_of_a_share_to_its_thread_once_that_has_begun() {
+        let help = |share: &Share| iter::from_fn(|| share.help()).collect::<Vec<_>>();
+        let absent = Share::new(3..9, 4);
+        assert_eq!(help(&absent), [3, 4, 5, 6, 7, 8], "of a thread that has not come, all");
+        let begun = Share::new(3..9, 4);
+        begun.begin();
+        assert_eq!(help(&begun), [3, 4]);
+        assert_eq!(iter::from_fn(|| begun.take()).collect::<Vec<_>>(), [5, 6, 7, 8]);
+        assert!(help(&begun).is_empty());
+        let short = Share::new(0..2, 4);
+        short.begin();
+        assert!(help(&short).is_empty());
     }
 
     #[test]

@@ -29,6 +29,8 @@ struct Runs {
     share: usize,
     /// Wide runs of a share.
     wide: usize,
+    /// Runs at the end of a share that are left to its thread.
+    kept: usize,
 }
 
 impl Runs {
@@ -56,12 +58,12 @@ impl<'a> Grid<'a> {
             matrix,
             columns,
             bands,
-            Runs { unit: width, units: 1, shares: 0, share: 0, wide: 0 },
+            Runs { unit: width, units: 1, shares: 0, share: 0, wide: 0, kept: 0 },
         )
     }
 
     /// The same in `shares` equal shares of runs of `units` times `unit` columns that end in single units, so that threads
-    /// which begin with a share each, and then help each other, end together.
+    /// which begin with a share each, and then help each other but with the last `kept` runs, end together.
     ///
     /// # Panics
     /// If `unit`, `units`, `shares` or `columns` is 0, the bands do not ascend, or one passes the matrix's end.
@@ -70,12 +72,12 @@ impl<'a> Grid<'a> {
         columns: usize,
         bands: &'a [Range<usize>],
         (unit, units): (usize, usize),
-        shares: usize,
+        (shares, kept): (usize, usize),
     ) -> Self {
         let share = columns / unit / shares;
         // Single units are a sixteenth of a share, or what one more run would be.
         let wide = share.saturating_sub(units.max(share / 16)) / units;
-        Self::cut(matrix, columns, bands, Runs { unit, units, shares, share, wide })
+        Self::cut(matrix, columns, bands, Runs { unit, units, shares, share, wide, kept })
     }
 
     fn cut(matrix: &'a mut [f32], columns: usize, bands: &'a [Range<usize>], runs: Runs) -> Self {
@@ -95,7 +97,7 @@ impl<'a> Grid<'a> {
 
     /// First column of a run; that of the run behind the last is the number of columns.
     fn column(&self, run: usize) -> usize {
-        let Runs { unit, units, shares, share, wide } = self.runs;
+        let Runs { unit, units, shares, share, wide, .. } = self.runs;
         let of = run.checked_div(self.runs.of_share()).map_or(0, |of| of.min(shares));
         let run = run - of * self.runs.of_share();
         let wide = if of < shares { run.min(wide) } else { 0 };
@@ -109,6 +111,10 @@ unsafe impl<'a> Pieces for Grid<'a> {
 
     fn count(&self) -> usize {
         self.bands.len() * self.across()
+    }
+
+    fn kept(&self) -> usize {
+        self.runs.kept
     }
 
     fn share_end(&self, thread: usize, threads: usize) -> usize {
@@ -269,7 +275,7 @@ mod tests {
             let mut matrix = vec![0.0_f32; columns];
             let band = 0..1;
             let bands = std::slice::from_ref(&band);
-            let grid = Grid::tapered(&mut matrix, columns, bands, (8, 3), shares);
+            let grid = Grid::tapered(&mut matrix, columns, bands, (8, 3), (shares, 2));
             let mut index = 0;
             for thread in 0..shares {
                 let end = grid.share_end(thread, shares);
