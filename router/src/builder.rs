@@ -68,7 +68,13 @@ impl Shared {
     pub async fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
         self.arrivals.ended().await;
-        self.visits.idle().await;
+        loop {
+            self.visits.idle().await;
+            // An answer may still be on its way, or a request, and then that one is served.
+            if self.arrivals.parted().await || self.visits.count() == 0 {
+                break;
+            }
+        }
         self.router.drained().await;
     }
 
