@@ -29,7 +29,7 @@ pub trait Hooks: Send + Sync + 'static {
         Ok(())
     }
 
-    /// A request has ended.
+    /// A request has ended; the watchdog's own are left out.
     fn access(&self, head: &RequestHeader, cx: &RouterCtx) {
         let _ = (head, cx);
     }
@@ -158,6 +158,9 @@ impl<H: Hooks> RouterProxy<H> {
 
     fn log_access(&self, session: &Session, cx: &RouterCtx) {
         let head = session.req_header();
+        if self.shared.heartbeat.is_on(head) {
+            return;
+        }
         self.hooks.access(head, cx);
         if !self.shared.table.snapshot().config.log.access {
             return;
