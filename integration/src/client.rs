@@ -10,8 +10,9 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
-use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
+
+use crate::at::At;
 
 /// No answer takes longer.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -19,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Talks to one address.
 #[derive(Clone, Copy, Debug)]
 pub struct Client {
-    address: SocketAddr,
+    address: At,
 }
 
 /// A whole answer.
@@ -58,6 +59,11 @@ impl Drop for Connection {
 impl Client {
     /// To `address`.
     pub fn new(address: SocketAddr) -> Self {
+        Self::at(address.into())
+    }
+
+    /// To an address of either kind.
+    pub fn at(address: At) -> Self {
         Self { address }
     }
 
@@ -97,9 +103,9 @@ impl Client {
         body: Bytes,
     ) -> Result<Stream> {
         let exchange = async {
-            let tcp = TcpStream::connect(self.address).await.context("connecting")?;
+            let wire = self.address.connect().await.context("connecting")?;
             let (mut sender, connection) =
-                hyper::client::conn::http1::handshake(TokioIo::new(tcp)).await?;
+                hyper::client::conn::http1::handshake(TokioIo::new(wire)).await?;
             let connection = Connection(tokio::spawn(async move { drop(connection.await) }));
             let mut request = Request::builder()
                 .method(method)

@@ -1,7 +1,6 @@
 //! A client that keeps its connection, as HTTP clients do: it asks again, on a new one, when a connection that it used
 //! before is closed before any byte of an answer.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -11,8 +10,8 @@ use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
-use tokio::net::TcpStream;
 
+use crate::at::At;
 use crate::client::Answer;
 
 /// No answer takes longer.
@@ -21,15 +20,15 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// One connection at a time to one address.
 #[derive(Debug)]
 pub struct Kept {
-    address: SocketAddr,
+    address: At,
     connection: Option<SendRequest<Full<Bytes>>>,
     repeated: usize,
 }
 
 impl Kept {
     /// To `address`; connects when it is used.
-    pub fn new(address: SocketAddr) -> Self {
-        Self { address, connection: None, repeated: 0 }
+    pub fn new(address: impl Into<At>) -> Self {
+        Self { address: address.into(), connection: None, repeated: 0 }
     }
 
     /// Connects now, unless it has a connection.
@@ -38,8 +37,8 @@ impl Kept {
     /// If nobody listens.
     pub async fn connect(&mut self) -> Result<()> {
         if self.connection.is_none() {
-            let tcp = TcpStream::connect(self.address).await.context("connecting")?;
-            let (sender, connection) = handshake(TokioIo::new(tcp)).await?;
+            let wire = self.address.connect().await.context("connecting")?;
+            let (sender, connection) = handshake(TokioIo::new(wire)).await?;
             tokio::spawn(async move { drop(connection.await) });
             self.connection = Some(sender);
         }

@@ -3,12 +3,14 @@
 //!
 //! Reading order: [`process`] starts one binary, [`cluster`] a whole set of them, [`client`] talks to it.
 
+pub mod at;
 pub mod client;
 pub mod cluster;
 pub mod eventually;
 pub mod failpoints;
 pub mod fake_hub;
 pub mod files;
+pub mod http2;
 pub mod kept;
 pub mod ledger;
 pub mod mock_worker;

@@ -3,6 +3,7 @@
 
 use std::convert::Infallible;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -16,7 +17,8 @@ use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
 
@@ -71,7 +73,7 @@ pub struct MockWorker {
     /// Where it listens.
     pub address: SocketAddr,
     state: Arc<State>,
-    accepting: AbortHandle,
+    accepting: Vec<AbortHandle>,
 }
 
 #[derive(Debug)]
@@ -119,10 +121,27 @@ impl MockWorker {
             let mut connections = JoinSet::new();
             while let Ok((tcp, _)) = listener.accept().await {
                 let state = Arc::clone(&shared);
-                connections.spawn(serve(state, tcp));
+                connections.spawn(serve_tcp(state, tcp));
             }
         });
-        Ok(Self { address, state, accepting: accepting.abort_handle() })
+        Ok(Self { address, state, accepting: vec![accepting.abort_handle()] })
+    }
+
+    /// Lets it listen at a Unix socket too.
+    ///
+    /// # Errors
+    /// If it cannot.
+    pub fn listen_at(&mut self, path: &Path) -> Result<()> {
+        let listener = UnixListener::bind(path)?;
+        let shared = Arc::clone(&self.state);
+        let accepting = tokio::spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((wire, _)) = listener.accept().await {
+                connections.spawn(serve(Arc::clone(&shared), Arc::default(), wire));
+            }
+        });
+        self.accepting.push(accepting.abort_handle());
+        Ok(())
     }
 
     /// From the next request on.
@@ -156,28 +175,33 @@ impl Drop for MockWorker {
         if let Some(ledger) = &self.state.ledger {
             ledger.died(self.address);
         }
-        self.accepting.abort();
+        self.accepting.iter().for_each(AbortHandle::abort);
     }
 }
 
-/// One connection to its end.
-async fn serve(state: Arc<State>, tcp: TcpStream) {
+/// One TCP connection to its end.
+async fn serve_tcp(state: Arc<State>, tcp: TcpStream) {
     // A second descriptor outlives the connection, so that it can be reset.
     let Ok(tcp) = tcp.into_std() else { return };
     let (Ok(second), Ok(tcp)) = (tcp.try_clone(), TcpStream::from_std(tcp)) else { return };
     let reset = Arc::new(AtomicBool::new(false));
-    let service = service_fn(|request| answer(Arc::clone(&state), Arc::clone(&reset), request));
-    drop(
-        hyper::server::conn::http1::Builder::new()
-            .serve_connection(TokioIo::new(tcp), service)
-            .await,
-    );
+    serve(state, Arc::clone(&reset), tcp).await;
     if reset.load(Ordering::SeqCst)
         && let Ok(second) = TcpStream::from_std(second)
     {
         // Without it the connection would be ended instead.
         drop(second.set_zero_linger());
     }
+}
+
+/// Requests of one connection; `reset` is set when it is to be reset.
+async fn serve<W>(state: Arc<State>, reset: Arc<AtomicBool>, wire: W)
+where
+    W: AsyncRead + AsyncWrite + Unpin + 'static,
+{
+    let service = service_fn(|request| answer(Arc::clone(&state), Arc::clone(&reset), request));
+    let builder = hyper::server::conn::http1::Builder::new();
+    drop(builder.serve_connection(TokioIo::new(wire), service).await);
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

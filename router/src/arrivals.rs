@@ -1,9 +1,12 @@
-//! Connections that have reached the port when a drain begins are served.
+//! Connections that have reached the port when a drain begins are served, and have their answers before it ends.
 //!
 //! Pingora alone stops accepting at once, lets the system reset what waits in the socket's queue, and closes
 //! connections that have not sent a request yet. To a client with a kept connection that is nothing: it asks again.
 //! On a new connection it looks like a server that fails. So the queue is emptied before the socket is closed, and a
 //! new connection has [`PATIENCE`] to send its first request.
+//!
+//! Over HTTP/2 an answer is written by the connection, not by whoever makes it, and requests may come until the client
+//! has read that the router takes its leave. So a drain waits for these connections to end, too.
 
 use std::cell::Cell;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,13 +21,18 @@ use tokio::sync::watch;
 use crate::limits::{Admitted, InFlight};
 use crate::listen::{Bound, ListenError};
 
-/// How long after the beginning of a drain a new connection may take for its first request.
+/// How long after the beginning of a drain a new connection may take for its first request, and an HTTP/2 connection
+/// for its leave once its requests are answered.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How long an accepted connection may take to be counted: it begins on another thread.
 const SETTLING: Duration = Duration::from_millis(50);
+/// How long a connection may take for its first bytes.
+const FIRST_BYTES: Duration = Duration::from_secs(60);
+/// What an HTTP/2 connection begins with; shorter than any HTTP/1.1 request with a host.
+const HTTP2: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 tokio::task_local! {
-    /// Of a connection, held until its first request.
+    /// Of an HTTP/1 connection, held until its first request.
     static NEW: Cell<Option<Admitted>>;
 }
 
@@ -34,11 +42,20 @@ pub fn request_came() {
     let _ = NEW.try_with(Cell::take);
 }
 
-/// Counts what may still bring a request though nothing is in flight.
+/// Counts what may still bring a request, or has not sent its last answer, though nothing is in flight.
 #[derive(Clone, Debug, Default)]
 pub struct Arrivals {
     ports: InFlight,
+    counts: Counts,
+}
+
+/// Open connections.
+#[derive(Clone, Debug, Default)]
+struct Counts {
+    /// Those that have not asked yet.
     new: InFlight,
+    /// Those of HTTP/2.
+    http2: InFlight,
 }
 
 impl Arrivals {
@@ -47,13 +64,19 @@ impl Arrivals {
         self.ports.idle().await;
     }
 
+    /// Resolves when every HTTP/2 connection has ended; `false` = some stay open although they had time.
+    pub async fn parted(&self) -> bool {
+        tokio::time::timeout(PATIENCE, self.counts.http2.idle()).await.is_ok()
+    }
+
     /// Wraps what serves the connections of `socket`.
     ///
     /// # Errors
     /// If the process may not have another descriptor.
     pub fn port<A>(&self, app: A, socket: &Bound) -> Result<Port<A>, ListenError> {
         let open = Open { socket: socket.try_clone()?, port: self.ports.admit(usize::MAX) };
-        Ok(Port { app: Arc::new(app), new: self.new.clone(), open: Mutex::new(Some(open)) })
+        let counts = self.counts.clone();
+        Ok(Port { app: Arc::new(app), counts, open: Mutex::new(Some(open)) })
     }
 }
 
@@ -61,7 +84,7 @@ impl Arrivals {
 #[derive(Debug)]
 pub struct Port<A> {
     app: Arc<A>,
-    new: InFlight,
+    counts: Counts,
     open: Mutex<Option<Open>>,
 }
 
@@ -71,18 +94,40 @@ struct Open {
     port: Option<Admitted>,
 }
 
+impl Counts {
+    /// Counts a connection while `app` serves it.
+    async fn serve<A: ServerApp + Send + Sync + 'static>(
+        self,
+        app: Arc<A>,
+        mut stream: Stream,
+        shutdown: &ShutdownWatch,
+    ) -> Option<Stream> {
+        let new = self.new.admit(usize::MAX);
+        let mut first = [0; HTTP2.len()];
+        // What was read is put back. Nothing, or too little for a request: nobody is there.
+        let begun = tokio::time::timeout(FIRST_BYTES, stream.try_peek(&mut first)).await;
+        begun.ok()?.ok()?;
+        if first == *HTTP2 {
+            let _open = self.http2.admit(usize::MAX);
+            drop(new);
+            return app.process_new(stream, shutdown).await;
+        }
+        NEW.scope(Cell::new(new), app.process_new(stream, shutdown)).await
+    }
+}
+
 impl<A: ServerApp + Send + Sync + 'static> Port<A> {
     /// Empties the socket's queue.
     fn accept_rest(&self, socket: &Bound) {
-        // Shutting down since before they came.
-        let (sender, shutdown) = watch::channel(true);
+        let (sender, mut shutdown) = watch::channel(true);
+        // To HTTP/2 a shutdown is a change: with it the connection takes its leave while it serves.
+        shutdown.mark_changed();
         let sender = Arc::new(sender);
         while let Ok(stream) = socket.accept() {
-            let (app, shutdown, sender) =
-                (Arc::clone(&self.app), shutdown.clone(), Arc::clone(&sender));
-            let new = Cell::new(self.new.admit(usize::MAX));
+            let (app, counts) = (Arc::clone(&self.app), self.counts.clone());
+            let (shutdown, sender) = (shutdown.clone(), Arc::clone(&sender));
             tokio::spawn(async move {
-                NEW.scope(new, app.process_new(stream, &shutdown)).await;
+                counts.serve(app, stream, &shutdown).await;
                 drop(sender);
             });
         }
@@ -96,8 +141,7 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Port<A> {
         stream: Stream,
         shutdown: &ShutdownWatch,
     ) -> Option<Stream> {
-        let new = Cell::new(self.new.admit(usize::MAX));
-        NEW.scope(new, self.app.process_new(stream, shutdown)).await
+        self.counts.clone().serve(Arc::clone(&self.app), stream, shutdown).await
     }
 
     /// Pingora has stopped accepting; the app's own cleanup closes idle connections.
@@ -107,8 +151,8 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Port<A> {
         self.accept_rest(&socket);
         drop(socket);
         tokio::time::sleep(SETTLING).await;
-        if tokio::time::timeout(PATIENCE, self.new.idle()).await.is_err() {
-            tracing::debug!(connections = self.new.count(), "closed without a request");
+        if tokio::time::timeout(PATIENCE, self.counts.new.idle()).await.is_err() {
+            tracing::debug!(connections = self.counts.new.count(), "closed without a request");
         }
         self.app.cleanup().await;
         drop(port);

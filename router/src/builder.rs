@@ -30,6 +30,7 @@ use crate::proxy::{Hooks, RouterProxy};
 use crate::table::keys::LiveKeys;
 use crate::table::reload::Reloader;
 use crate::table::{Table, watch};
+use crate::watchdog::Mark;
 
 /// What all services of one router share.
 #[derive(Debug)]
@@ -48,6 +49,8 @@ pub struct Shared {
     pub arrivals: Arrivals,
     /// The engine.
     pub router: Router,
+    /// On the watchdog's own questions.
+    pub heartbeat: Mark,
     draining: AtomicBool,
 }
 
@@ -68,7 +71,13 @@ impl Shared {
     pub async fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
         self.arrivals.ended().await;
-        self.visits.idle().await;
+        loop {
+            self.visits.idle().await;
+            // An answer may still be on its way, or a request, and then that one is served.
+            if self.arrivals.parted().await || self.visits.count() == 0 {
+                break;
+            }
+        }
         self.router.drained().await;
     }
 
@@ -114,6 +123,7 @@ impl RouterBuilder<()> {
             visits: InFlight::default(),
             arrivals: Arrivals::default(),
             router,
+            heartbeat: Mark::default(),
             draining: AtomicBool::new(false),
         };
         Ok(Self { shared: Arc::new(shared), hooks: () })

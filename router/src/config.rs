@@ -141,7 +141,7 @@ pub struct RoutingConfig {
     /// Part of the ids this router mints, so that routers side by side differ; unset = random.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub node_id: Option<u8>,
-    /// Prompts of at most so many tokens, by estimate, go whole to one generation worker; 0 = off.
+    /// Prompts of which at most so many tokens are left to compute, by estimate, go whole to one generation worker; 0 = off.
     pub max_local_prefill_length: u64,
 }
 

@@ -91,7 +91,7 @@ fn serve(builder: RouterBuilder, inherited: Inherited) -> anyhow::Result<()> {
     let (signals_too, notifier_too) = (Arc::clone(&signals), Arc::clone(&notifier));
     let hang_ups = HangUps { reloader, signals: signals_too, notifier: notifier_too };
     server.add_service(background_service("reload", hang_ups));
-    if let Some(watchdog) = Watchdog::wanted(&notifier, &addresses.public) {
+    if let Some(watchdog) = Watchdog::wanted(&notifier, &addresses.public, &shared.heartbeat) {
         server.add_service(background_service("watchdog", watchdog));
     }
     let drain = Drain { shared, signals: Arc::clone(&signals), notifier };

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use crate::arrivals::request_came;
 use crate::builder::Shared;
+use crate::engine::downstream::{BodyError, is_clearly_framed};
 use crate::engine::{Outcome, Reply, Router, RouterCtx, early};
 use crate::limits::Admitted;
 use crate::table::Phase;
@@ -28,7 +29,7 @@ pub trait Hooks: Send + Sync + 'static {
         Ok(())
     }
 
-    /// A request has ended.
+    /// A request has ended; the watchdog's own are left out.
     fn access(&self, head: &RequestHeader, cx: &RouterCtx) {
         let _ = (head, cx);
     }
@@ -86,6 +87,10 @@ impl<H: Hooks> RouterProxy<H> {
         if self.shared.is_draining() {
             // Served, but not asked again on this connection.
             session.set_keepalive(None);
+        }
+        if !is_clearly_framed(session.as_downstream()) {
+            let reply = Reply::error(ErrorCode::InvalidRequest, &BodyError::Ambiguous.to_string());
+            return router.reply(session, cx, Reply { keep_alive: false, ..reply }).await;
         }
         if let Err(reply) = self.hooks.authorize(session.req_header()) {
             return router.reply(session, cx, reply).await;
@@ -153,6 +158,9 @@ impl<H: Hooks> RouterProxy<H> {
 
     fn log_access(&self, session: &Session, cx: &RouterCtx) {
         let head = session.req_header();
+        if self.shared.heartbeat.is_on(head) {
+            return;
+        }
         self.hooks.access(head, cx);
         if !self.shared.table.snapshot().config.log.access {
             return;

@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use baton_shared::config::net::Listen;
 use pingora_core::server::ShutdownWatch;
 use pingora_core::services::background::BackgroundService;
+use pingora_http::RequestHeader;
 use tokio::time::MissedTickBehavior;
 
 use crate::client::head::render;
@@ -20,29 +21,59 @@ const PATH: &str = "/version";
 /// Longest answer that is read, in bytes.
 const MAX_ANSWER: usize = 64 << 10;
 
+/// By what the proxy knows our own questions: a header's value that nobody else knows, so that nobody keeps out of the
+/// access log with it.
+#[derive(Clone, Debug)]
+pub struct Mark(Arc<str>);
+
+impl Mark {
+    const NAME: &str = "x-baton-heartbeat";
+
+    /// Whether a request is one of those.
+    pub fn is_on(&self, head: &RequestHeader) -> bool {
+        head.uri.path() == PATH
+            && head
+                .headers
+                .get(Self::NAME)
+                .is_some_and(|value| value.as_bytes() == self.0.as_bytes())
+    }
+
+    fn line(&self) -> String {
+        format!("{}: {}\r\n", Self::NAME, self.0)
+    }
+}
+
+impl Default for Mark {
+    fn default() -> Self {
+        Self(format!("{:032x}", rand::random::<u128>()).into())
+    }
+}
+
 /// Beats while the public port answers, and through a drain, which has a deadline of its own.
 #[derive(Debug)]
 pub struct Watchdog {
     notifier: Arc<Notifier>,
     port: Address,
     interval: Duration,
+    mark: Mark,
 }
 
 impl Watchdog {
-    /// For the `public` address as bound; `None` where nobody waits for a beat of this process (`$WATCHDOG_USEC`, `$WATCHDOG_PID`).
-    pub fn wanted(notifier: &Arc<Notifier>, public: &str) -> Option<Self> {
+    /// For the `public` address as bound, with questions that bear `mark`; `None` where nobody waits for a beat of this process (`$WATCHDOG_USEC`, `$WATCHDOG_PID`).
+    pub fn wanted(notifier: &Arc<Notifier>, public: &str, mark: &Mark) -> Option<Self> {
         let variable = |name: &str| std::env::var(name).ok();
         let limit =
             limit(variable("WATCHDOG_USEC").as_deref(), variable("WATCHDOG_PID").as_deref())?;
         // An answer may take a third, and the next question comes a third after the last one.
         let (notifier, port) = (Arc::clone(notifier), reached_at(public)?);
-        Some(Self { notifier, port, interval: limit / 3 })
+        Some(Self { notifier, port, interval: limit / 3, mark: mark.clone() })
     }
 
     async fn ask(&self) -> Result<(), ClientError> {
         let head = render("GET", PATH, "localhost");
         let connection = Connection::open(&self.port).await?;
-        let request = Request { head: &head, lines: b"", pieces: &[] };
+        let lines = self.mark.line();
+        let request = Request { head: &head, lines: lines.as_bytes(), pieces: &[] };
         let mut exchange = connection.exchange(request).await?;
         exchange.whole(MAX_ANSWER).await.map(drop)
     }
@@ -120,6 +151,7 @@ mod tests {
             notifier: Arc::new(Notifier::new(Some(path.into()))),
             port: Address::Tcp(port.local_addr().unwrap()),
             interval: Duration::from_millis(300),
+            mark: Mark::default(),
         };
         let (_keep, shutdown) = watch::channel(draining);
         let beating = tokio::spawn(async move { watchdog.start(shutdown).await });
@@ -159,6 +191,20 @@ mod tests {
     #[tokio::test]
     async fn the_heart_beats_through_a_drain_although_the_port_is_closed() {
         assert_eq!(beats(4, 0, true).await, 3);
+    }
+
+    #[test]
+    fn only_our_own_questions_bear_the_mark() {
+        let (mark, other) = (Mark::default(), Mark::default());
+        let head = |path: &str, value: &str| {
+            let mut head = RequestHeader::build("GET", path.as_bytes(), None).unwrap();
+            head.insert_header(Mark::NAME, value).unwrap();
+            head
+        };
+        assert!(mark.is_on(&head(PATH, &mark.0)));
+        assert!(!mark.is_on(&head(PATH, &other.0)) && !mark.is_on(&head(PATH, "")));
+        assert!(!mark.is_on(&head("/v1/completions", &mark.0)));
+        assert!(!mark.is_on(&RequestHeader::build("GET", PATH.as_bytes(), None).unwrap()));
     }
 
     #[test]

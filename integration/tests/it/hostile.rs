@@ -2,26 +2,53 @@
 
 use std::net::SocketAddr;
 
-use baton_integration::process::free_port;
+use baton_integration::process::{Process, free_port};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::systemd::{Scene, end};
 
-/// Heads that two readers can take for requests of different length: whoever stands before us may have taken what follows
-/// for a part of the first request's body, and checked nothing of it.
-#[tokio::test]
-async fn a_request_hidden_behind_an_ambiguous_length_is_never_served() {
+const PATH: &str = "/v1/completions";
+const BODY: &str = r#"{"model": "mock", "prompt": "hidden"}"#;
+
+/// A router, where it listens, and what was sent to its workers.
+async fn scene() -> (Scene, Process, SocketAddr) {
     let address: SocketAddr = format!("127.0.0.1:{}", free_port().unwrap()).parse().unwrap();
     let scene = Scene::new(&address.to_string()).await;
     let router = scene.start();
     scene.ready().await;
-    let post = |version: &str, lines: &str| {
-        format!("POST /v1/completions HTTP/{version}\r\nhost: r\r\n{lines}\r\n")
-    };
-    let body = r#"{"model": "mock", "prompt": "hidden"}"#;
-    let close = format!("connection: close\r\ncontent-length: {}\r\n", body.len());
-    let hidden = post("1.1", &close) + body;
+    (scene, router, address)
+}
+
+fn head(method: &str, path: &str, version: &str, lines: &str) -> String {
+    format!("{method} {path} HTTP/{version}\r\nhost: r\r\n{lines}\r\n")
+}
+
+fn post(lines: &str) -> String {
+    head("POST", PATH, "1.1", lines)
+}
+
+/// A request that would be served, were it one: the last on its connection.
+fn hidden() -> String {
+    post(&format!("connection: close\r\ncontent-length: {}\r\n", BODY.len())) + BODY
+}
+
+/// Everything that comes back for these bytes until the router closes the connection; reset is closed, too.
+async fn answers(address: SocketAddr, request: String) -> String {
+    let mut client = TcpStream::connect(address).await.unwrap();
+    client.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    let read = client.read_to_end(&mut answer);
+    let _ = tokio::time::timeout(crate::support::STOP, read).await.expect("the end");
+    String::from_utf8(answer).unwrap()
+}
+
+/// Heads that two readers can take for requests of different length: whoever stands before us may have taken what follows
+/// for a part of the first request's body, and checked nothing of it.
+#[tokio::test]
+async fn a_request_hidden_behind_an_ambiguous_length_is_never_served() {
+    let (scene, router, address) = scene().await;
+    let hidden = hidden();
     let whole = hidden.len() + 5;
     for (version, lines) in [
         ("1.1", format!("content-length: {whole}\r\ntransfer-encoding: chunked\r\n")),
@@ -40,17 +67,100 @@ async fn a_request_hidden_behind_an_ambiguous_length_is_never_served() {
         ("1.1", "x: y\r\n transfer-encoding: chunked\r\n".to_owned()),
         ("1.0", "connection: keep-alive\r\ntransfer-encoding: chunked\r\n".to_owned()),
     ] {
-        let mut client = TcpStream::connect(address).await.unwrap();
-        let request = format!("{}0\r\n\r\n{hidden}", post(version, &lines));
-        client.write_all(request.as_bytes()).await.unwrap();
-        let mut answer = Vec::new();
-        let read = client.read_to_end(&mut answer);
-        // Reset or closed is refused, too.
-        let _ = tokio::time::timeout(crate::support::STOP, read).await.expect("the end");
-        let answer = String::from_utf8(answer).unwrap();
+        let answer =
+            answers(address, head("POST", PATH, version, &lines) + "0\r\n\r\n" + &hidden).await;
         assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 400 "), "{lines}{answer}");
         assert!(answer.matches("HTTP/1.").count() <= 1, "{lines}{answer}");
         assert!(scene.workers[0].requests().is_empty(), "{lines}");
+    }
+    end(router);
+}
+
+/// RFC 9112, 6.1 and 6.3: such bodies could be read, as chunks, but somebody else may have read them otherwise.
+#[tokio::test]
+async fn a_body_framed_in_more_than_one_way_is_refused_and_its_connection_closed() {
+    let (scene, router, address) = scene().await;
+    let chunked = format!("{:x}\r\n{BODY}\r\n0\r\n\r\n", BODY.len());
+    for lines in [
+        "transfer-encoding: identity, chunked\r\n".to_owned(),
+        "transfer-encoding: identity\r\ntransfer-encoding: chunked\r\n".to_owned(),
+        "transfer-encoding: gzip, chunked\r\n".to_owned(),
+        "transfer-encoding: chunked, chunked\r\n".to_owned(),
+        "transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n".to_owned(),
+        "transfer-encoding: , chunked\r\n".to_owned(),
+        "transfer-encoding: x;a=\", chunked\r\n".to_owned(),
+        format!("content-length: {}\r\ntransfer-encoding: chunked\r\n", chunked.len()),
+        format!("Transfer-Encoding: Chunked\r\nContent-Length: {}\r\n", BODY.len()),
+        "transfer-encoding: chunked\ncontent-length: 5\r\n".to_owned(),
+    ] {
+        for path in [PATH, "/version"] {
+            let method = if path == PATH { "POST" } else { "GET" };
+            let answer =
+                answers(address, head(method, path, "1.1", &lines) + &chunked + &hidden()).await;
+            assert!(answer.starts_with("HTTP/1.1 400 "), "{lines}{answer}");
+            assert!(answer.contains("Transfer-Encoding: chunked") || path != PATH, "{answer}");
+            assert_eq!(answer.matches("HTTP/1.").count(), 1, "{lines}{answer}");
+        }
+        assert!(scene.workers[0].requests().is_empty(), "{lines}");
+    }
+    for lines in ["transfer-encoding: chunked\r\n", "Transfer-Encoding:  CHUNKED \r\n"] {
+        let answer = answers(address, post(lines) + &chunked + &hidden()).await;
+        assert_eq!(answer.matches("HTTP/1.1 200 ").count(), 2, "{lines}{answer}");
+    }
+    end(router);
+}
+
+#[tokio::test]
+async fn a_request_hidden_in_broken_chunks_is_never_served() {
+    let (scene, router, address) = scene().await;
+    let length = BODY.len();
+    for chunks in [
+        format!("0x{length:x}\r\n{BODY}\r\n0\r\n\r\n"),
+        format!("+{length:x}\r\n{BODY}\r\n0\r\n\r\n"),
+        format!("-{length:x}\r\n{BODY}\r\n0\r\n\r\n"),
+        format!("{length:x}\n{BODY}\r\n0\r\n\r\n"),
+        format!("{length:x}\r\n{BODY}0\r\n\r\n"),
+        format!("{:x}\r\n{BODY}\r\n0\r\n\r\n", length - 1),
+        format!("1{length:016x}\r\n{BODY}\r\n0\r\n\r\n"),
+        format!("ffffffffffffffff\r\n{BODY}\r\n0\r\n\r\n"),
+        format!("fffffffffffffffffff\r\n{BODY}\r\n0\r\n\r\n"),
+    ] {
+        let answer =
+            answers(address, post("transfer-encoding: chunked\r\n") + &chunks + &hidden()).await;
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{chunks}{answer}");
+        assert!(answer.matches("HTTP/1.").count() <= 1, "{chunks}{answer}");
+        assert!(scene.workers[0].requests().is_empty(), "{chunks}");
+    }
+    end(router);
+}
+
+/// Where nobody looks at a body it is a body all the same, and not the next request.
+#[tokio::test]
+async fn the_body_of_a_request_that_needs_none_is_not_taken_for_a_request() {
+    let (scene, router, address) = scene().await;
+    let inner = hidden();
+    let last = head("GET", "/version", "1.1", "connection: close\r\n");
+    for (method, path, status) in [
+        ("GET", "/version", 200),
+        ("HEAD", "/version", 200),
+        ("GET", "/v1/models", 200),
+        ("POST", "/version", 405),
+        ("PUT", PATH, 405),
+        ("GET", PATH, 405),
+        ("DELETE", "/nothing", 404),
+    ] {
+        let sized = format!("content-length: {}\r\n", inner.len());
+        let chunks = format!("{:x}\r\n{inner}\r\n0\r\n\r\n", inner.len());
+        for (lines, body) in [(sized.as_str(), &inner), ("transfer-encoding: chunked\r\n", &chunks)]
+        {
+            let answer = answers(address, head(method, path, "1.1", lines) + body + &last).await;
+            assert!(
+                answer.starts_with(&format!("HTTP/1.1 {status} ")),
+                "{method} {path}: {answer}"
+            );
+            let served = scene.workers.iter().map(|worker| worker.requests().len()).sum::<usize>();
+            assert_eq!(served, 0, "{method} {path} {lines}");
+        }
     }
     end(router);
 }

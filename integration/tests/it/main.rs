@@ -14,6 +14,7 @@ mod fire;
 mod golden;
 mod handover;
 mod hostile;
+mod http2;
 mod hub;
 mod mixed;
 mod openai_client;

@@ -275,6 +275,22 @@ async fn a_broken_file_changes_nothing_and_says_where_it_is_broken() {
 }
 
 #[tokio::test]
+async fn a_section_that_is_put_may_leave_out_what_needs_a_restart() {
+    let scene = Scene::start(4, Table::new()).await;
+    let answer = scene.order(Method::PUT, "/admin/table", "[log]\naccess = true\n").await;
+    let changes = answer.ok().unwrap()["changes"].clone();
+    assert_eq!(changes, json!(["log.access: false -> true"]), "`log.format` is as it was");
+    let answer = scene.order(Method::PUT, "/admin/table", "[server]\nthreads = 1\n").await;
+    assert_eq!(answer.ok().unwrap(), json!({"version": 2, "changes": []}));
+    scene.ask().await;
+    eventually(PATIENCE, "the request is in the log", || async {
+        scene.router.process.log().contains("baton_router::access").then_some(())
+    })
+    .await;
+    scene.stop();
+}
+
+#[tokio::test]
 async fn a_removed_worker_finishes_its_stream_and_counts_on_when_it_comes_back() {
     let scene = Scene::start(100, Table::new()).await;
     let answer = scene.order(Method::PUT, "/admin/table", &text(&scene.table(&[0]))).await;

@@ -1,12 +1,17 @@
-//! Routers that follow one another on one socket, under load.
+//! Routers that follow one another on one socket, under load: over TCP, and beside their clients and workers, where all
+//! sockets are Unix sockets.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use baton_integration::at::At;
 use baton_integration::client::Client;
 use baton_integration::eventually::eventually;
+use baton_integration::http2::{Http2, Unanswered};
 use baton_integration::kept::Kept;
 use baton_integration::mock_worker::MockWorker;
 use baton_integration::process::{Process, Program, free_port};
@@ -25,33 +30,59 @@ const CLIENTS: usize = 4;
 
 /// Scripted workers, and a socket that is handed from router to router.
 struct Scene {
-    contexts: [MockWorker; 2],
-    generations: [MockWorker; 2],
-    socket: TcpListener,
+    contexts: [Server; 2],
+    generations: [Server; 2],
+    socket: OwnedFd,
+    at: At,
     folder: TempDir,
 }
 
+/// A scripted worker and its url.
+struct Server {
+    _mock: MockWorker,
+    url: String,
+}
+
 impl Scene {
-    async fn new() -> Self {
-        let mock = async || MockWorker::start(true, 4).await.unwrap();
+    async fn over_tcp() -> Self {
+        let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+        let server = async || {
+            let mock = MockWorker::start(true, 4).await.unwrap();
+            Server { url: mock.address.to_string(), _mock: mock }
+        };
         Self {
-            contexts: [mock().await, mock().await],
-            generations: [mock().await, mock().await],
-            socket: TcpListener::bind("127.0.0.1:0").unwrap(),
+            contexts: [server().await, server().await],
+            generations: [server().await, server().await],
+            at: socket.local_addr().unwrap().into(),
+            socket: socket.into(),
             folder: tempfile::tempdir().unwrap(),
         }
     }
 
-    fn address(&self) -> SocketAddr {
-        self.socket.local_addr().unwrap()
+    async fn over_unix_sockets() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let front = folder.path().join("front.sock");
+        let socket = UnixListener::bind(&front).unwrap();
+        let server = async |name: &str| {
+            let mut mock = MockWorker::start(true, 4).await.unwrap();
+            let path = folder.path().join(name);
+            mock.listen_at(&path).unwrap();
+            Server { url: format!("unix:{}", path.display()), _mock: mock }
+        };
+        Self {
+            contexts: [server("c0").await, server("c1").await],
+            generations: [server("g0").await, server("g1").await],
+            at: At::unix(front),
+            socket: socket.into(),
+            folder,
+        }
     }
 
     /// Starts the router of this number.
     fn start(&self, number: usize) -> Process {
-        let servers = |role: &str, mocks: &[MockWorker]| -> String {
-            let one =
-                |mock: &MockWorker| format!("[[{role}.servers]]\nurl = \"{}\"\n", mock.address);
-            mocks.iter().map(one).collect()
+        let servers = |role: &str, servers: &[Server]| -> String {
+            let one = |server: &Server| format!("[[{role}.servers]]\nurl = \"{}\"\n", server.url);
+            servers.iter().map(one).collect()
         };
         let text = format!(
             "[server]\nlisten = \"systemd:http\"\nadmin_listen = \"127.0.0.1:{}\"\nthreads = 2\n{}{}",
@@ -63,7 +94,7 @@ impl Scene {
         std::fs::write(self.folder.path().join(&file), text).unwrap();
         let program = Program::new("baton-router", name, ["--config", &file]);
         let socket = self.socket.try_clone().unwrap();
-        program.spawn_with_socket(self.folder.path(), "http", socket.into()).unwrap()
+        program.spawn_with_socket(self.folder.path(), "http", socket).unwrap()
     }
 }
 
@@ -104,8 +135,8 @@ impl Tally {
 }
 
 /// A connection a request; every other answer is a stream.
-async fn once_each(address: SocketAddr, tally: Tally) {
-    let client = Client::new(address);
+async fn once_each(at: At, tally: Tally) {
+    let client = Client::at(at);
     while tally.goes_on() {
         let answer = client.post(PATH, &ask(false)).await.unwrap().ok().unwrap();
         tally.one(text(&answer));
@@ -115,8 +146,8 @@ async fn once_each(address: SocketAddr, tally: Tally) {
 }
 
 /// One connection as long as it lasts.
-async fn kept(address: SocketAddr, tally: Tally) {
-    let mut client = Kept::new(address);
+async fn kept(at: At, tally: Tally) {
+    let mut client = Kept::new(at);
     while tally.goes_on() {
         let answer = client.post(PATH, &ask(false)).await.unwrap().ok().unwrap();
         tally.one(text(&answer));
@@ -124,15 +155,60 @@ async fn kept(address: SocketAddr, tally: Tally) {
     tally.repeated.fetch_add(client.repeated(), Ordering::AcqRel);
 }
 
+/// Several requests at once on one HTTP/2 connection, as long as it lasts; every other answer is a stream.
+async fn multiplexed(at: At, tally: Tally) {
+    let mut client = Http2::connect(at).await.unwrap();
+    while tally.goes_on() {
+        let mut answers = Vec::new();
+        for index in 0..4 {
+            let stream = index % 2 == 1;
+            answers.push(match client.post(PATH, &ask(stream)).await {
+                Ok(answer) => (stream, answer),
+                Err(Unanswered::Again(_)) => break,
+                Err(lost) => panic!("{lost:?}"),
+            });
+        }
+        let mut leaves = answers.len() < 4;
+        for (stream, answer) in answers {
+            let answer = match answer.await {
+                Ok(answer) => answer,
+                Err(Unanswered::Again(_)) => {
+                    leaves = true;
+                    continue;
+                }
+                Err(lost) => panic!("{lost:?}"),
+            };
+            let events = match stream {
+                true => answer.events().await.unwrap(),
+                false => vec![answer.whole().await.unwrap().ok().unwrap()],
+            };
+            tally.one(&events.iter().map(text).collect::<String>());
+        }
+        if leaves {
+            tally.repeated.fetch_add(1, Ordering::AcqRel);
+            client = Http2::connect(at).await.unwrap();
+        }
+    }
+}
+
 #[tokio::test]
 async fn restarts_under_load_fail_no_request() {
-    let scene = Scene::new().await;
+    restarts(Scene::over_tcp().await).await;
+}
+
+#[tokio::test]
+async fn restarts_between_unix_sockets_fail_no_request() {
+    restarts(Scene::over_unix_sockets().await).await;
+}
+
+async fn restarts(scene: Scene) {
     let tally = Tally::default();
     let mut router = scene.start(0);
     let mut clients = JoinSet::new();
     for _ in 0..CLIENTS {
-        clients.spawn(once_each(scene.address(), tally.clone()));
-        clients.spawn(kept(scene.address(), tally.clone()));
+        clients.spawn(once_each(scene.at, tally.clone()));
+        clients.spawn(kept(scene.at, tally.clone()));
+        clients.spawn(multiplexed(scene.at, tally.clone()));
     }
     tally.more(100).await;
     for number in 1..=RESTARTS {
@@ -153,7 +229,7 @@ async fn restarts_under_load_fail_no_request() {
         client.unwrap();
     }
     note(format_args!(
-        "{RESTARTS} restarts, {} requests served, {} repeated on a kept connection",
+        "{RESTARTS} restarts, {} requests served, {} connections left for another",
         tally.served.load(Ordering::Acquire),
         tally.repeated.load(Ordering::Acquire)
     ));

@@ -212,3 +212,25 @@ async fn the_heart_beats_while_the_public_port_answers() {
     assert_eq!(messages, ["READY=1", "WATCHDOG=1", "WATCHDOG=1", "WATCHDOG=1"]);
     end(router);
 }
+
+#[tokio::test]
+async fn heartbeats_are_no_lines_of_the_access_log() {
+    let address: SocketAddr = format!("127.0.0.1:{}", free_port().unwrap()).parse().unwrap();
+    let mut scene = Scene::new(&address.to_string()).await;
+    scene.configure("[log]\naccess = true\n");
+    let heard = scene.listens();
+    let micros = Duration::from_millis(600).as_micros().to_string();
+    scene.program.env.push(("WATCHDOG_USEC".into(), micros));
+    let router = scene.start();
+    let beats = (0..6).map(|_| hear(&heard)).filter(|message| message == "WATCHDOG=1").count();
+    assert_eq!(beats, 5);
+    // Another one's `/version` is one; it comes after those before it.
+    assert_eq!(Client::new(address).get("/version").await.unwrap().status, 200);
+    let lines = eventually(READY, "the client's line", || async {
+        let lines = router.log().matches("\"path\":\"/version\"").count();
+        (lines > 0).then_some(lines)
+    })
+    .await;
+    assert_eq!(lines, 1, "{}", router.log());
+    end(router);
+}

@@ -43,12 +43,24 @@ impl RouterConfig {
         Ok(config)
     }
 
-    /// The same for a text that replaces sections of a `running` configuration and leaves out those that stay.
+    /// The same for a text that replaces sections of a `running` configuration and leaves out those that stay. What is
+    /// read at the start only stays also where its section is given without it: the default could never be taken over.
     ///
     /// # Errors
     /// The first mistake, with its line.
     pub fn from_sections(document: &Document, running: &Self) -> Result<Self, ConfigError> {
-        let given: Self = document.parse()?;
+        let mut given: Self = document.parse()?;
+        macro_rules! stay {
+            ($($section:ident.$key:ident)*) => {$(
+                if !document.has(concat!(stringify!($section), ".", stringify!($key))) {
+                    given.$section.$key.clone_from(&running.$section.$key);
+                }
+            )*};
+        }
+        stay! {
+            server.listen server.threads server.admin_listen server.admin_token_file server.drain_timeout
+            routing.node_id log.format
+        }
         let has = |section: &str| document.has(section);
         let config = Self {
             server: if has("server") { given.server } else { running.server.clone() },

@@ -56,6 +56,7 @@ struct RequestPlaces {
     stream_options: Places,
     disaggregated_params: Places,
     conversation_params: Places,
+    cache_salt: Places,
 }
 
 impl ClientRequest {
@@ -78,6 +79,7 @@ impl ClientRequest {
                 b"stream_options" => places.stream_options.push(value),
                 b"disaggregated_params" => places.disaggregated_params.push(value),
                 b"conversation_params" => places.conversation_params.push(value),
+                b"cache_salt" => places.cache_salt.push(value),
                 _ => {}
             }
             Ok::<(), ScanError>(())
@@ -101,6 +103,12 @@ impl ClientRequest {
     /// The prompt (or all messages) as JSON.
     pub fn content(&self) -> &[u8] {
         &self.body[self.content.clone()]
+    }
+
+    /// `cache_salt` as JSON: requests of different salts share nothing in a worker's cache.
+    pub fn cache_salt(&self) -> Option<&[u8]> {
+        let salt = &self.body[self.places.cache_salt.last()?.clone()];
+        (salt != b"null").then_some(salt)
     }
 
     /// `conversation_params.conversation_id`, as JSON text.

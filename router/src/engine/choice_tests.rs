@@ -52,6 +52,36 @@ async fn a_short_prompt_goes_whole_to_one_generation_worker_and_a_long_one_to_bo
 }
 
 #[tokio::test]
+async fn a_prompt_of_which_a_generation_worker_has_seen_nearly_all_is_left_to_it() {
+    let context = Scripted::context().await;
+    let (a, b) = (Scripted::generation().await, Scripted::generation().await);
+    let scene = scene(&[&context], &[&a, &b], |config| {
+        config.routing.max_local_prefill_length = 200;
+        config.generation.policy = PolicyName::Prefix;
+    })
+    .await;
+    let local = |worker: &Scripted| {
+        let whole = |ask: &Ask| ask.body["disaggregated_params"].is_null();
+        worker.asks().iter().filter(|ask| whole(ask)).count()
+    };
+    let first = "Once upon a time. ".repeat(200);
+    assert_eq!(scene.ask(&ask(&first)).await.status, 200);
+    assert_eq!((context.asks().len(), local(&a) + local(&b)), (1, 0));
+    // What was said goes on: an eighth at most of what was seen does not count as seen.
+    let second = format!("{first} And then it ended.");
+    assert_eq!(scene.ask(&ask(&second)).await.status, 200);
+    assert_eq!((context.asks().len(), local(&a) + local(&b)), (1, 1));
+    assert!(a.asks().len() == 2 || b.asks().len() == 2, "by the one that has seen it");
+    let other = "Another story. ".repeat(240);
+    let mut salted = ask(&second);
+    salted["cache_salt"] = json!("mine");
+    for (number, unseen) in [ask(&other), salted].iter().enumerate() {
+        assert_eq!(scene.ask(unseen).await.status, 200);
+        assert_eq!((context.asks().len(), local(&a) + local(&b)), (number + 2, 1));
+    }
+}
+
+#[tokio::test]
 async fn a_short_prompt_goes_on_to_another_generation_worker_when_one_fails() {
     let context = Scripted::context().await;
     let bad = Scripted::start(|_, _| refusal(500, "internal_error")).await;

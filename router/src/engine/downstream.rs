@@ -89,6 +89,20 @@ pub(super) fn may_chunk(session: &ServerSession) -> bool {
     !session.is_http2() && session.req_header().version == Version::HTTP_11
 }
 
+/// Whether only one end of the body can be read out of the head. Pingora takes a body for chunked where `chunked` comes
+/// last, and drops a length beside it; who stands before us may have believed the length, or another coding.
+pub(crate) fn is_clearly_framed(session: &ServerSession) -> bool {
+    let Some(coding) = session.get_header(header::TRANSFER_ENCODING) else { return true };
+    let length = header::CONTENT_LENGTH.as_str();
+    let is_length = |line: &[u8]| {
+        line.get(..length.len()).is_some_and(|name| name.eq_ignore_ascii_case(length.as_bytes()))
+    };
+    let has_length = |head: Bytes| head.split(|byte| *byte == b'\n').any(is_length);
+    coding.as_bytes().eq_ignore_ascii_case(b"chunked")
+        && session.req_header().headers.get_all(header::TRANSFER_ENCODING).iter().count() == 1
+        && !session.as_http1().is_some_and(|http1| has_length(http1.get_headers_raw_bytes()))
+}
+
 /// A request header as text; `None` if it is missing or not ASCII.
 pub(super) fn header<'a>(session: &'a ServerSession, name: &str) -> Option<&'a str> {
     session.get_header(name)?.to_str().ok()
@@ -126,6 +140,11 @@ pub enum BodyError {
     /// Its framing is broken.
     #[error("the framing of the request body is broken")]
     Framing,
+    /// Two readers may find its end at different places.
+    #[error(
+        "the request body needs one `Transfer-Encoding: chunked` or one `Content-Length`, not more"
+    )]
+    Ambiguous,
     /// The client left.
     #[error("the client left before its request was complete")]
     Gone,
@@ -139,6 +158,9 @@ pub(super) async fn read_body(
     session: &mut ServerSession,
     limits: BodyLimits,
 ) -> Result<Bytes, BodyError> {
+    if !is_clearly_framed(session) {
+        return Err(BodyError::Ambiguous);
+    }
     let announced = header(session, "content-length").and_then(|text| text.parse::<usize>().ok());
     if announced.is_some_and(|length| length > limits.max) {
         return Err(BodyError::TooLarge(limits.max));

@@ -27,7 +27,7 @@ pub(super) fn features(
         features.conversation = conversation(request, headers);
     }
     if policies.iter().any(|policy| policy.reads_prompts(features.conversation)) {
-        features.read(request.content());
+        features.read(request.content(), request.cache_salt());
     }
     features
 }
@@ -70,6 +70,17 @@ mod tests {
         }
         let named = of(PolicyName::Conversation, BODY, &[("x-correlation-id", "c-1")]);
         assert_eq!(named.marks.whole(), 0, "an id is enough");
+    }
+
+    #[test]
+    fn a_prompts_salt_is_part_of_what_it_is_known_by() {
+        let salted = |salt: &str| {
+            let body = format!("{{\"cache_salt\":{salt},{}", &BODY[1..]);
+            of(PolicyName::Prefix, &body, &[]).marks
+        };
+        assert_ne!(salted("\"a\""), salted("\"b\""));
+        assert_eq!(salted("\"a\""), salted("\"a\""));
+        assert_eq!(salted("null"), of(PolicyName::Prefix, BODY, &[]).marks);
     }
 
     #[test]

@@ -289,11 +289,13 @@ impl Router {
             BodyError::TooLarge(_) => ErrorCode::BodyTooLarge,
             BodyError::Encoding(_) => ErrorCode::UnsupportedEncoding,
             BodyError::Late(_) => ErrorCode::BodyTimeout,
-            BodyError::Gzip | BodyError::Framing => ErrorCode::InvalidRequest,
+            BodyError::Gzip | BodyError::Framing | BodyError::Ambiguous => {
+                ErrorCode::InvalidRequest
+            }
             BodyError::Gone => return Err(cx.gone("the client left while it sent its request")),
         };
         let mut reply = Reply::error(code, &error.to_string());
-        reply.keep_alive &= !matches!(error, BodyError::Framing);
+        reply.keep_alive &= !matches!(error, BodyError::Framing | BodyError::Ambiguous);
         let closes = !reply.keep_alive;
         let answered = self.reply(downstream, cx, reply).await?;
         if closes {

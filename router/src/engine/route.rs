@@ -147,10 +147,12 @@ impl<'a> Route<'a> {
         }
     }
 
-    /// Whether the prompt is so short that one generation worker does all of it.
+    /// Whether so little of the prompt is left to compute that one generation worker does all of it.
     fn is_local(&self) -> bool {
         let most = self.config.routing.max_local_prefill_length;
-        most > 0 && self.features.prompt_tokens <= most
+        let prompt = self.features.prompt_tokens;
+        let seen = || self.shared.table.seen_tokens(Phase::Generation, &self.features);
+        most > 0 && (prompt <= most || prompt.saturating_sub(seen()) <= most)
     }
 
     fn early_stop(&self, answer: &ContextAnswer) -> Routed {

@@ -249,6 +249,7 @@ async fn a_workers_4xx_is_the_clients_and_the_connection_stays_usable() {
     assert_eq!(read.status, 422);
     assert_eq!(read.rest.matches("HTTP/1.1 422").count(), 1, "the second answer follows");
     assert!(read.rest.starts_with(&body.to_string()), "{}", read.rest);
+    assert_eq!(context.asks().len(), 2, "each was sent once");
     for _ in 0..2 {
         assert_eq!(scene.outcome().await, Some(Outcome::Answered(422)));
     }
@@ -262,6 +263,7 @@ async fn a_generation_workers_4xx_is_the_clients_and_the_record_is_released() {
     let scene = scene(&[&context], &[&picky], keep).await;
     let read = scene.ask(&streamed()).await;
     assert_eq!((read.status, &read.json()["error"]["message"]), (404, &json!("who?")));
+    assert_eq!((context.asks().len(), picky.asks().len()), (1, 1));
     assert_eq!(context.released().await, context.asks()[0].id());
 }
 

@@ -8,6 +8,7 @@ use foldhash::quality::FixedState;
 /// Seeds: a conversation's id is never taken for a prompt's beginning.
 const PROMPT: FixedState = FixedState::with_seed(1);
 const CONVERSATION: FixedState = FixedState::with_seed(2);
+const SALT: FixedState = FixedState::with_seed(3);
 /// The shortest beginning, in bytes; the others are multiples of it.
 const FIRST: usize = 64;
 
@@ -19,10 +20,11 @@ pub struct Marks {
 }
 
 impl Marks {
-    /// Reads `prompt` once, as it stands in the request.
-    pub fn of(prompt: &[u8]) -> Self {
+    /// Reads `prompt` once, as it stands in the request. Prompts of different salts have no beginning in common.
+    pub fn of(prompt: &[u8], salt: Option<&[u8]>) -> Self {
         let mut marks = Vec::with_capacity(32);
-        let mut hasher = PROMPT.build_hasher();
+        let seeds = salt.map_or(PROMPT, |salt| FixedState::with_seed(SALT.hash_one(salt)));
+        let mut hasher = seeds.build_hasher();
         let (mut from, mut to) = (0, FIRST);
         while let Some(piece) = prompt.get(from..to) {
             hasher.write(piece);
@@ -62,7 +64,7 @@ mod tests {
     }
 
     fn shared(a: &[u8], b: &[u8]) -> usize {
-        let (a, b) = (Marks::of(a), Marks::of(b));
+        let (a, b) = (Marks::of(a, None), Marks::of(b, None));
         let common = a.longest_first().find(|mark| b.longest_first().any(|other| other == *mark));
         common.map_or(0, |(length, _)| length)
     }
@@ -84,13 +86,25 @@ mod tests {
     fn equal_prompts_are_equal_to_their_end() {
         for length in [1, 63, 64, 65, 10_000] {
             assert_eq!(shared(&text(length), &text(length)), length);
-            assert_eq!(Marks::of(&text(length)).whole(), length);
+            assert_eq!(Marks::of(&text(length), None).whole(), length);
         }
-        assert_eq!(Marks::of(b"").whole(), 0);
+        assert_eq!(Marks::of(b"", None).whole(), 0);
+    }
+
+    #[test]
+    fn prompts_of_different_salts_have_nothing_in_common() {
+        let text = text(1000);
+        let salted = |salt: Option<&str>| Marks::of(&text, salt.map(str::as_bytes));
+        for (one, other) in [(None, Some("a")), (Some("a"), Some("b")), (Some(""), None)] {
+            let (one, other) = (salted(one), salted(other));
+            assert!(one.longest_first().all(|mark| other.longest_first().all(|it| it != mark)));
+            assert_eq!(one.whole(), other.whole());
+        }
+        assert_eq!(salted(Some("a")), salted(Some("a")));
     }
 
     #[test]
     fn the_longest_prompt_has_few_marks() {
-        assert!(Marks::of(&vec![b'x'; 32 << 20]).marks.len() < 120);
+        assert!(Marks::of(&vec![b'x'; 32 << 20], None).marks.len() < 120);
     }
 }

@@ -90,9 +90,9 @@ impl Features {
         Self { prompt_tokens: count as u64, ..Self::default() }
     }
 
-    /// Takes down the prompt's beginnings.
-    pub fn read(&mut self, prompt: &[u8]) {
-        self.marks = Marks::of(prompt);
+    /// Takes down the prompt's beginnings, as they are in a cache where salts share nothing.
+    pub fn read(&mut self, prompt: &[u8], salt: Option<&[u8]>) {
+        self.marks = Marks::of(prompt, salt);
     }
 
     /// What a conversation of this id is known by.
@@ -221,6 +221,14 @@ pub fn pick(
         .or_else(|| choose(&|worker| worker.usable(now) && !tried.has_failed(worker)))
         .or_else(|| choose(&|worker| worker.usable(now)))?;
     Some(Choice { index, again: fresh.is_none() })
+}
+
+/// Prompt tokens that `worker` has seen, as far as `policy` remembers prompts.
+pub fn seen_tokens(policy: Policy, features: &Features, seen: &Seen, worker: &Worker) -> u64 {
+    if !policy.reads_prompts(features.conversation) {
+        return 0;
+    }
+    prefix::seen_tokens(worker, features, &prefix::matches(features, seen))
 }
 
 /// Remembers that the request goes to `worker`, for the policies that ask.

@@ -1,5 +1,5 @@
-//! Two at random, by weight; of these the one with the least load for its weight. Cheap for many workers, and
-//! routers side by side that see the same loads do not all run to the same worker.
+//! Two at random, by weight; of these the one with the least load for its weight. So routers side by side that see the
+//! same loads do not all run to the same worker.
 
 use std::sync::Arc;
 

@@ -38,9 +38,14 @@ pub(super) fn share(
         LoadMeasure::Requests => u64::from(worker.in_flight()) * REQUEST,
         LoadMeasure::Tokens => worker.queued_tokens(),
     };
+    let unseen = features.prompt_tokens.max(1) - seen_tokens(worker, features, matches);
+    Share { load: ahead + unseen, weight: u64::from(worker.weight) }
+}
+
+/// Tokens of the prompt that `worker` has seen: one is always left to compute.
+pub(super) fn seen_tokens(worker: &Worker, features: &Features, matches: &Matches) -> u64 {
     let (prompt, whole) = (features.prompt_tokens.max(1), features.marks.whole().max(1) as u64);
     let matched = matches.of(worker.slot).unwrap_or(0) as u64;
-    // Lengths are at most a body's; a token of the prompt is always left to compute.
-    let seen = (prompt * matched / whole).min(prompt - 1);
-    Share { load: ahead + prompt - seen, weight: u64::from(worker.weight) }
+    // Lengths are at most a body's.
+    (prompt * matched / whole).min(prompt - 1)
 }

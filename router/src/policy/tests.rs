@@ -169,7 +169,7 @@ fn send(
 }
 
 fn prompt(text: &str) -> Features {
-    Features { marks: Marks::of(text.as_bytes()), ..Features::of_text(text.len()) }
+    Features { marks: Marks::of(text.as_bytes(), None), ..Features::of_text(text.len()) }
 }
 
 fn in_conversation(id: &str) -> Features {
@@ -240,6 +240,41 @@ fn a_shared_prefix_spreads_when_its_worker_has_more_to_do_than_it_saves() {
         }
         let (least, most) = (counts.iter().min().unwrap(), counts.iter().max().unwrap());
         assert!(most - least <= 20, "{measure:?}: {counts:?}");
+    }
+}
+
+#[test]
+fn prompts_of_different_salts_share_no_prefix() {
+    let text = "The same for everyone. ".repeat(400);
+    let salted = |salt: &str| {
+        let mut features = Features::of_text(text.len());
+        features.read(text.as_bytes(), Some(salt.as_bytes()));
+        features
+    };
+    for policy in
+        [Policy::Prefix(LoadMeasure::Requests), Policy::Conversation(LoadMeasure::Requests)]
+    {
+        let (pool, seen) = (workers(&[1, 1, 1]), Seen::default());
+        let (first, _busy) = send(policy, &pool, &salted("a"), &seen, 0);
+        let (other, _busy) = send(policy, &pool, &salted("b"), &seen, 0);
+        assert_ne!(first, other, "it goes where the load is least");
+        for turn in 0..3 {
+            assert_eq!(send(policy, &pool, &salted("a"), &seen, turn).0, first);
+            assert_eq!(send(policy, &pool, &salted("b"), &seen, turn).0, other);
+        }
+        assert_eq!(seen_tokens(policy, &salted("b"), &seen, &pool[first]), 0);
+        assert_eq!(seen_tokens(policy, &salted("a"), &seen, &pool[first]), 2299);
+    }
+}
+
+#[test]
+fn a_policy_that_remembers_no_prompts_has_seen_none() {
+    let (pool, seen) = (workers(&[1]), Seen::default());
+    let features = prompt(&"The same for everyone. ".repeat(400));
+    drop(send(Policy::Prefix(LoadMeasure::Requests), &pool, &features, &seen, 0));
+    for policy in ALL {
+        let expected = if policy.reads_prompts(None) { 2299 } else { 0 };
+        assert_eq!(seen_tokens(policy, &features, &seen, &pool[0]), expected, "{policy:?}");
     }
 }
 

@@ -163,6 +163,18 @@ impl Table {
         Some(Arc::clone(worker))
     }
 
+    /// Prompt tokens that the worker which [`Self::pick`] would choose now has seen; 0 where its policy remembers no
+    /// prompts.
+    pub fn seen_tokens(&self, phase: Phase, features: &Features) -> u64 {
+        let table = self.snapshot();
+        let (policy, pool, seen) =
+            (table.policy(phase), table.pool(phase), &self.seen[phase as usize]);
+        let (turn, tried) = (self.turns[phase as usize].load(Ordering::Relaxed), Tried::default());
+        let choice = policy::pick(policy, pool, features, seen, &tried, self.now(), turn);
+        let worker = choice.and_then(|choice| pool.get(choice.index));
+        worker.map_or(0, |worker| policy::seen_tokens(policy, features, seen, worker))
+    }
+
     /// Waits until some worker of `phase` is usable, at most until `deadline`. `false` = still none.
     pub async fn wait_usable(&self, phase: Phase, deadline: tokio::time::Instant) -> bool {
         self.wait_usable_where(phase, deadline, |_| true).await

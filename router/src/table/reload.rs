@@ -447,6 +447,38 @@ mod tests {
     }
 
     #[test]
+    fn a_section_that_is_put_leaves_alone_what_it_does_not_name_and_only_the_start_reads() {
+        let mut started = config(&["a:1"], &["b:1"]);
+        started.server.listen = "127.0.0.1:1".parse().unwrap();
+        started.server.threads = 3;
+        started.server.admin_listen = "127.0.0.1:2".parse().unwrap();
+        started.server.admin_token_file = Some("/x".into());
+        started.server.drain_timeout = "7s".parse().unwrap();
+        started.routing.node_id = Some(5);
+        started.routing.attempts = 9;
+        started.log.format = baton_shared::telemetry::LogFormat::Text;
+        let table = Arc::new(Table::new(started.clone()).unwrap());
+        let reloader = Reloader::new(table, Keys::none().into(), Arc::new(Metrics::new()));
+        reloader.put("[server]\n[routing]\n[log]\naccess = true\n".to_owned()).unwrap();
+        started.log.access = true;
+        started.routing.attempts = 3;
+        assert_eq!(
+            *reloader.table.snapshot().config,
+            started,
+            "the rest of a section is as if new"
+        );
+        for (text, key) in [
+            ("[server]\nthreads = 3\nlisten = \"127.0.0.1:8000\"\n", "line 3: `server.listen`"),
+            ("[routing]\nnode_id = 6\n", "line 2: `routing.node_id`"),
+            ("[log]\nformat = \"json\"\n", "line 2: `log.format`"),
+        ] {
+            let error = reloader.put(text.to_owned()).unwrap_err().to_string();
+            assert!(error.starts_with(key) && error.contains("restart the router"), "{error}");
+        }
+        assert_eq!(*reloader.table.snapshot().config, started);
+    }
+
+    #[test]
     fn rollbacks_go_back_one_table_at_a_time() {
         let reloader = reloader();
         for attempts in [5, 6] {

@@ -153,6 +153,17 @@ fn what_is_signed_is_the_state_and_the_first_endpoint() {
     let answer = parse(&context_answer(&params()));
     let signed = answer.signed_state();
     assert_eq!(signed, (Some("tcp://a:1".to_owned()), Some("QQ==".to_owned())));
+    let mut other = params();
+    (other["schedule_style"], other["ctx_dp_rank"]) = (json!(0), json!(3));
+    other["ctx_info_endpoint"] = json!("tcp://a:1");
+    assert_eq!(parse(&context_answer(&other)).signed_state(), signed, "nothing else is");
+    for name in ["encoded_opaque_state", "ctx_info_endpoint"] {
+        other[name] = Value::Null;
+        let null = parse(&context_answer(&other)).signed_state();
+        other.as_object_mut().unwrap().remove(name);
+        assert_eq!(parse(&context_answer(&other)).signed_state(), null, "null is as if unset");
+    }
+    assert_eq!(parse(&context_answer(&other)).signed_state(), (None, None));
 }
 
 #[test]
@@ -178,7 +189,9 @@ fn answers_that_lead_nowhere_are_refused() {
     );
     let mut without_id = params();
     without_id["ctx_request_id"] = Value::Null;
-    assert!(matches!(refused(context_answer(&without_id)), BadContextAnswer::NoParams(_)));
+    let message = refused(context_answer(&without_id)).to_string();
+    assert!(message.contains("`ctx_request_id` is missing"), "{message}");
+    assert!(message.contains("`finish_reason` is \"length\""), "{message}");
     let mut early = context_answer(&Value::Null);
     early["choices"][0]["finish_reason"] = json!("stop");
     assert!(parse(&early).is_finished(), "an early stop needs no record");
