@@ -9,6 +9,7 @@ pub mod downstream;
 mod features;
 mod hop;
 mod lease;
+mod orphan;
 pub mod plan;
 pub mod recent;
 pub mod reply;
@@ -95,7 +96,8 @@ impl Router {
     /// A router of these parts.
     pub fn new(parts: Parts) -> Self {
         let Parts { table, metrics, keys, in_flight, mint } = parts;
-        let releaser = Arc::new(Releaser::new(keys.clone(), Arc::clone(&metrics)));
+        let releaser = Releaser::new(Arc::clone(&table), keys.clone(), Arc::clone(&metrics));
+        let releaser = Arc::new(releaser);
         let recent = Recent::default();
         Self(Arc::new(Shared { table, metrics, keys, in_flight, mint, releaser, recent }))
     }
@@ -375,6 +377,8 @@ fn endpoint(api: Api) -> Endpoint {
 
 #[cfg(test)]
 mod choice_tests;
+#[cfg(test)]
+mod record_tests;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
