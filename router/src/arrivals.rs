@@ -3,9 +3,10 @@
 //! Pingora alone stops accepting at once, lets the system reset what waits in the socket's queue, and closes
 //! connections that have not sent a request yet. To a client with a kept connection that is nothing: it asks again.
 //! On a new connection it looks like a server that fails. So the queue is emptied before the socket is closed, and a
-//! new connection has [`PATIENCE`] to send its first request.
+//! new connection has [`PATIENCE`] to send its first request. How long one may take at other times is [`heads`]'s business.
 
 use std::cell::Cell;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,8 +16,10 @@ use pingora_core::protocols::Stream;
 use pingora_core::server::ShutdownWatch;
 use tokio::sync::watch;
 
+use crate::heads::{self, HeadClock};
 use crate::limits::{Admitted, InFlight};
 use crate::listen::{Bound, ListenError};
+use crate::table::Table;
 
 /// How long after the beginning of a drain a new connection may take for its first request.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -24,14 +27,28 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const SETTLING: Duration = Duration::from_millis(50);
 
 tokio::task_local! {
-    /// Of a connection, held until its first request.
-    static NEW: Cell<Option<Admitted>>;
+    static CONNECTION: Connection;
+}
+
+/// A connection to the public port.
+struct Connection {
+    /// Held until its first request.
+    new: Cell<Option<Admitted>>,
+    clock: HeadClock,
 }
 
 /// To be called when a request has come: its connection is not new any more.
 pub fn request_came() {
-    // Connections that another service accepted are not counted.
-    let _ = NEW.try_with(Cell::take);
+    // Connections that another service accepted, and streams of HTTP/2, are not counted.
+    let _ = CONNECTION.try_with(|connection| {
+        connection.new.take();
+        connection.clock.came();
+    });
+}
+
+/// To be called when a request has ended: its connection may bring another.
+pub fn request_ended() {
+    let _ = CONNECTION.try_with(|connection| connection.clock.ended());
 }
 
 /// Counts what may still bring a request though nothing is in flight.
@@ -51,24 +68,72 @@ impl Arrivals {
     ///
     /// # Errors
     /// If the process may not have another descriptor.
-    pub fn port<A>(&self, app: A, socket: &Bound) -> Result<Port<A>, ListenError> {
+    pub fn port<A>(
+        &self,
+        app: A,
+        socket: &Bound,
+        table: Arc<Table>,
+    ) -> Result<Port<A>, ListenError> {
         let open = Open { socket: socket.try_clone()?, port: self.ports.admit(usize::MAX) };
-        Ok(Port { app: Arc::new(app), new: self.new.clone(), open: Mutex::new(Some(open)) })
+        let service = Service { app: Arc::new(app), new: self.new.clone(), table };
+        Ok(Port { service, open: Mutex::new(Some(open)) })
     }
 }
 
 /// An app whose last connections are served.
 #[derive(Debug)]
 pub struct Port<A> {
+    service: Service<A>,
+    open: Mutex<Option<Open>>,
+}
+
+#[derive(Debug)]
+struct Service<A> {
     app: Arc<A>,
     new: InFlight,
-    open: Mutex<Option<Open>>,
+    /// Says how long a head may take.
+    table: Arc<Table>,
 }
 
 #[derive(Debug)]
 struct Open {
     socket: Bound,
     port: Option<Admitted>,
+}
+
+impl<A> Clone for Service<A> {
+    fn clone(&self) -> Self {
+        let Self { app, new, table } = self;
+        Self { app: Arc::clone(app), new: new.clone(), table: Arc::clone(table) }
+    }
+}
+
+impl<A: ServerApp + Send + Sync + 'static> Service<A> {
+    fn connection(&self) -> Connection {
+        let limit = self.table.snapshot().config.limits.head_timeout.duration();
+        let new = Cell::new(self.new.admit(usize::MAX));
+        Connection { new, clock: HeadClock::new(limit) }
+    }
+
+    /// Serves one connection to its end.
+    async fn serve(
+        &self,
+        mut stream: Stream,
+        connection: Connection,
+        shutdown: &ShutdownWatch,
+    ) -> Option<Stream> {
+        let mut timer = pin!(heads::timer(&connection.clock));
+        let is_http2 = heads::is_http2(&mut stream, timer.as_mut()).await?;
+        let serving = self.app.process_new(stream, shutdown);
+        let all = async {
+            if is_http2 {
+                // Its streams are tasks of their own; one without any is closed by Pingora.
+                return serving.await;
+            }
+            heads::watched(serving, || CONNECTION.with(|own| own.clock.due()), timer).await
+        };
+        CONNECTION.scope(connection, all).await
+    }
 }
 
 impl<A: ServerApp + Send + Sync + 'static> Port<A> {
@@ -78,11 +143,11 @@ impl<A: ServerApp + Send + Sync + 'static> Port<A> {
         let (sender, shutdown) = watch::channel(true);
         let sender = Arc::new(sender);
         while let Ok(stream) = socket.accept() {
-            let (app, shutdown, sender) =
-                (Arc::clone(&self.app), shutdown.clone(), Arc::clone(&sender));
-            let new = Cell::new(self.new.admit(usize::MAX));
+            let (service, shutdown, sender) =
+                (self.service.clone(), shutdown.clone(), Arc::clone(&sender));
+            let connection = self.service.connection();
             tokio::spawn(async move {
-                NEW.scope(new, app.process_new(stream, &shutdown)).await;
+                service.serve(stream, connection, &shutdown).await;
                 drop(sender);
             });
         }
@@ -96,8 +161,8 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Port<A> {
         stream: Stream,
         shutdown: &ShutdownWatch,
     ) -> Option<Stream> {
-        let new = Cell::new(self.new.admit(usize::MAX));
-        NEW.scope(new, self.app.process_new(stream, shutdown)).await
+        let connection = self.service.connection();
+        self.service.serve(stream, connection, shutdown).await
     }
 
     /// Pingora has stopped accepting; the app's own cleanup closes idle connections.
@@ -107,10 +172,11 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Port<A> {
         self.accept_rest(&socket);
         drop(socket);
         tokio::time::sleep(SETTLING).await;
-        if tokio::time::timeout(PATIENCE, self.new.idle()).await.is_err() {
-            tracing::debug!(connections = self.new.count(), "closed without a request");
+        let new = &self.service.new;
+        if tokio::time::timeout(PATIENCE, new.idle()).await.is_err() {
+            tracing::debug!(connections = new.count(), "closed without a request");
         }
-        self.app.cleanup().await;
+        self.service.app.cleanup().await;
         drop(port);
     }
 }

@@ -323,6 +323,8 @@ pub struct LimitsConfig {
     pub max_body: Bytes,
     /// Requests being served at once; more are answered 429.
     pub max_in_flight: usize,
+    /// How long a client may take to send a request's head.
+    pub head_timeout: Seconds,
     /// How long a client may take to send its body.
     pub body_timeout: Seconds,
     /// Longest answer of a context worker.
@@ -334,6 +336,7 @@ impl Default for LimitsConfig {
         Self {
             max_body: Bytes::mib(32),
             max_in_flight: 4096,
+            head_timeout: Seconds::new(30),
             body_timeout: Seconds::new(30),
             max_context_answer: Bytes::mib(64),
         }

@@ -26,7 +26,7 @@ use pingora_error::{Error, ErrorType, Result};
 
 pub use self::ctx::{Outcome, RouterCtx, Trail};
 use self::downstream::{BodyError, BodyLimits};
-pub use self::downstream::{Downstream, early};
+pub use self::downstream::{Downstream, KEEP_ALIVE, early};
 use self::lease::Releaser;
 use self::recent::Recent;
 pub use self::reply::Reply;
