@@ -247,6 +247,13 @@ async fn clients_that_leave_in_any_phase_leave_nothing_behind() {
         .await;
     }
     nothing_is_left(&scene, "clients leave").await;
+    let left = [("outcome", "client_gone")];
+    assert_eq!(scene.count("baton_router_requests_total", &left).await, 3.0 * CLIENTS as f64);
+    assert_eq!(scene.count("baton_router_requests_total", &[]).await, 3.0 * CLIENTS as f64);
+    for outcome in ["refused", "failed", "timed_out", "busy", "rejected", "handover"] {
+        let hops = scene.count("baton_router_hops_total", &[("outcome", outcome)]).await;
+        assert_eq!(hops, 0.0, "{outcome}");
+    }
     scene.contexts.iter().chain(&scene.generations).for_each(|one| one.behave(Behaviour::Serve));
     assert_eq!(request(scene.client(), true).await, End::Whole(words(50)));
     scene.stop();

@@ -16,12 +16,15 @@ pub mod reply;
 mod route;
 mod stream;
 
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::{Context, Waker};
 use std::time::Duration;
 
 use baton_shared::id::{DisaggRequestId, IdMint};
 use baton_shared::wire::error::ErrorCode;
 use http::Method;
+use pingora_core::protocols::http::ServerSession;
 use pingora_error::{Error, ErrorType, Result};
 
 pub use self::ctx::{Outcome, RouterCtx, Trail};
@@ -223,6 +226,10 @@ impl Router {
         };
         drop(request);
         match routed {
+            // Written to a client that has left it would pass for answered.
+            Routed::Reply(reply) if reply.status >= 500 && is_gone(downstream.core()) => {
+                Err(cx.gone("the client left before it was told of a failure"))
+            }
             Routed::Reply(reply) => {
                 self.count_first_byte(cx, endpoint(api), reply.status);
                 self.reply(downstream, cx, reply).await.map(Served::Answered)
@@ -366,6 +373,12 @@ impl Router {
     ) -> Result<Outcome> {
         self.reply(downstream, cx, Reply::error(code, message)).await
     }
+}
+
+/// Whether the client has left, as far as is known now.
+fn is_gone(session: &mut ServerSession) -> bool {
+    let gone = pin!(downstream::client_gone(session));
+    gone.poll(&mut Context::from_waker(Waker::noop())).is_ready()
 }
 
 fn endpoint(api: Api) -> Endpoint {

@@ -2,9 +2,12 @@
 
 use baton_shared::config::units::Seconds;
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
 
+use super::Outcome;
 use super::testing::*;
 use crate::config::{DialectChoice, RouterConfig};
+use crate::health;
 
 fn ask(stream: bool) -> Value {
     json!({"model": "M", "prompt": "hello", "max_tokens": 4, "stream": stream})
@@ -134,4 +137,23 @@ async fn servers_that_do_not_run_cost_no_try_while_one_does() {
     }
     let read = scene(&[&context], &dead.each_ref(), keep).await.ask(&ask(false)).await;
     assert_eq!((read.status, read.code()), (503, "no_workers".to_owned()));
+}
+
+#[tokio::test]
+async fn a_client_that_left_before_its_request_failed_is_not_told_and_counted_as_gone() {
+    let (context, generation) = (Scripted::context().await, Scripted::generation().await);
+    let mut scene = scene(&[&context], &[&generation], |config| {
+        config.routing.queue_timeout = Seconds::millis(0);
+    })
+    .await;
+    let table = scene.router.table();
+    table.report(&table.snapshot_full().context[0], health::Outcome::Refused);
+    let request = completion(&ask(false));
+    let (most, last) = request.split_at(request.len() - 1);
+    let mut client = scene.connect().await;
+    client.write_all(most).await.unwrap();
+    // It leaves with its last byte: the request is whole, and nobody waits for what comes of it.
+    client.try_write(last).unwrap();
+    drop(client);
+    assert_eq!(scene.outcome().await, Some(Outcome::ClientGone));
 }
