@@ -41,12 +41,35 @@ pub enum Behaviour {
     Freeze,
     /// Half of a whole answer, then the connection is reset.
     Reset,
+    /// The head of a good answer, then the connection is reset.
+    Headed,
+    /// What a context worker holds is read, then the connection is closed without an answer.
+    Swallow,
+    /// What this says of the request.
+    By(Script),
     /// Each so many-th inference request is treated so, the others are served.
     Every(usize, Box<Behaviour>),
     /// A generation answer breaks off after this many events.
     BreakAfter(usize),
     /// A generation answer has this long between two events.
     Pace(Duration),
+}
+
+/// Says what is done with a request.
+#[derive(Clone)]
+pub struct Script(Arc<dyn Fn(&Seen) -> Behaviour + Send + Sync>);
+
+impl Behaviour {
+    /// What `script` says of each request.
+    pub fn by(script: impl Fn(&Seen) -> Self + Send + Sync + 'static) -> Self {
+        Self::By(Script(Arc::new(script)))
+    }
+}
+
+impl std::fmt::Debug for Script {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Script")
+    }
 }
 
 /// A request as it came.
@@ -228,8 +251,11 @@ impl Drop for Unfinished {
 
 impl State {
     /// What the next request is to meet.
-    fn next_behaviour(&self, inference: bool) -> Behaviour {
-        match lock(&self.behaviour).clone() {
+    fn next_behaviour(&self, inference: bool, seen: &Seen) -> Behaviour {
+        let behaviour = lock(&self.behaviour).clone();
+        match behaviour {
+            Behaviour::By(script) if inference => script.0(seen),
+            Behaviour::By(_) => Behaviour::Serve,
             Behaviour::Every(nth, what) if inference => {
                 let asked = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
                 if asked.is_multiple_of(nth) { *what } else { Behaviour::Serve }
@@ -277,7 +303,7 @@ async fn answer(
     let bytes = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
     let body: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
     let seen = Seen { path: path.clone(), headers: head.headers, body: body.clone() };
-    lock(&state.seen).push(seen);
+    lock(&state.seen).push(seen.clone());
     if path == "/v1/disagg/release" {
         unfinished.finish();
         if let (Some(ledger), Some(id)) = (&state.ledger, body["disagg_request_id"].as_u64()) {
@@ -285,7 +311,7 @@ async fn answer(
         }
         return Ok(json_answer(200, &json!({})));
     }
-    let behaviour = state.next_behaviour(path.ends_with("completions"));
+    let behaviour = state.next_behaviour(path.ends_with("completions"), &seen);
     match &behaviour {
         Behaviour::Refuse(status, body) => {
             unfinished.finish();
@@ -311,8 +337,11 @@ async fn answer(
         unfinished.finish();
         let error =
             json!({"message": "not there", "type": "server_error", "param": null, "code": code});
-        json_answer(503, &json!({"error": error}))
+        return Ok(json_answer(503, &json!({"error": error})));
     } else {
+        if matches!(behaviour, Behaviour::Headed | Behaviour::Swallow) {
+            unfinished.finish();
+        }
         generation(&state, &path, &body, behaviour.clone(), unfinished)
     };
     match behaviour {
@@ -320,6 +349,11 @@ async fn answer(
             reset.store(true, Ordering::SeqCst);
             half(answer).await
         }
+        Behaviour::Headed => {
+            reset.store(true, Ordering::SeqCst);
+            Ok(cut(answer.into_parts().0, Bytes::new()))
+        }
+        Behaviour::Swallow => Err(std::io::Error::other("swallowed as scripted")),
         _ => Ok(answer),
     }
 }
@@ -330,15 +364,22 @@ async fn half(answer: Response<Body>) -> Result<Response<Body>, std::io::Error> 
     let mut bytes = body.collect().await?.to_bytes();
     head.headers.insert("content-length", bytes.len().into());
     bytes.truncate(bytes.len() / 2);
+    Ok(cut(head, bytes))
+}
+
+/// An answer that ends with an error after these bytes.
+fn cut(head: http::response::Parts, bytes: Bytes) -> Response<Body> {
     let (pieces, body) = mpsc::channel(1);
     tokio::spawn(async move {
-        let _ = pieces.send(Ok(Frame::data(bytes))).await;
+        if !bytes.is_empty() {
+            let _ = pieces.send(Ok(Frame::data(bytes))).await;
+        }
         // What was sent before is to be on its way: an error at once would take it along.
         let _ = tokio::time::timeout(Duration::from_millis(20), pieces.closed()).await;
         let _ = pieces.send(Err(std::io::Error::other("reset as scripted"))).await;
     });
     let body = BoxBody::new(http_body_util::StreamBody::new(Pieces(body)));
-    Ok(Response::from_parts(head, body))
+    Response::from_parts(head, body)
 }
 
 fn context(path: &str, body: &Value, early: bool) -> Value {

@@ -3,12 +3,13 @@
 //! Pingora alone stops accepting at once, lets the system reset what waits in the socket's queue, and closes
 //! connections that have not sent a request yet. To a client with a kept connection that is nothing: it asks again.
 //! On a new connection it looks like a server that fails. So the queue is emptied before the socket is closed, and a
-//! new connection has [`PATIENCE`] to send its first request.
+//! new connection has [`PATIENCE`] to send its first request. How long one may take at other times is [`heads`]'s business.
 //!
 //! Over HTTP/2 an answer is written by the connection, not by whoever makes it, and requests may come until the client
 //! has read that the router takes its leave. So a drain waits for these connections to end, too.
 
 use std::cell::Cell;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -18,28 +19,40 @@ use pingora_core::protocols::Stream;
 use pingora_core::server::ShutdownWatch;
 use tokio::sync::watch;
 
+use crate::heads::{self, HeadClock};
 use crate::limits::{Admitted, InFlight};
 use crate::listen::{Bound, ListenError};
+use crate::table::Table;
 
 /// How long after the beginning of a drain a new connection may take for its first request, and an HTTP/2 connection
 /// for its leave once its requests are answered.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How long an accepted connection may take to be counted: it begins on another thread.
 const SETTLING: Duration = Duration::from_millis(50);
-/// How long a connection may take for its first bytes.
-const FIRST_BYTES: Duration = Duration::from_secs(60);
-/// What an HTTP/2 connection begins with; shorter than any HTTP/1.1 request with a host.
-const HTTP2: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 tokio::task_local! {
-    /// Of an HTTP/1 connection, held until its first request.
-    static NEW: Cell<Option<Admitted>>;
+    static CONNECTION: Connection;
+}
+
+/// A connection to the public port.
+struct Connection {
+    /// Held until its first request.
+    new: Cell<Option<Admitted>>,
+    clock: HeadClock,
 }
 
 /// To be called when a request has come: its connection is not new any more.
 pub fn request_came() {
-    // Connections that another service accepted are not counted.
-    let _ = NEW.try_with(Cell::take);
+    // Connections that another service accepted, and streams of HTTP/2, are not counted.
+    let _ = CONNECTION.try_with(|connection| {
+        connection.new.take();
+        connection.clock.came();
+    });
+}
+
+/// To be called when a request has ended: its connection may bring another.
+pub fn request_ended() {
+    let _ = CONNECTION.try_with(|connection| connection.clock.ended());
 }
 
 /// Counts what may still bring a request, or has not sent its last answer, though nothing is in flight.
@@ -73,19 +86,31 @@ impl Arrivals {
     ///
     /// # Errors
     /// If the process may not have another descriptor.
-    pub fn port<A>(&self, app: A, socket: &Bound) -> Result<Port<A>, ListenError> {
+    pub fn port<A>(
+        &self,
+        app: A,
+        socket: &Bound,
+        table: Arc<Table>,
+    ) -> Result<Port<A>, ListenError> {
         let open = Open { socket: socket.try_clone()?, port: self.ports.admit(usize::MAX) };
-        let counts = self.counts.clone();
-        Ok(Port { app: Arc::new(app), counts, open: Mutex::new(Some(open)) })
+        let service = Service { app: Arc::new(app), counts: self.counts.clone(), table };
+        Ok(Port { service, open: Mutex::new(Some(open)) })
     }
 }
 
 /// An app whose last connections are served.
 #[derive(Debug)]
 pub struct Port<A> {
+    service: Service<A>,
+    open: Mutex<Option<Open>>,
+}
+
+#[derive(Debug)]
+struct Service<A> {
     app: Arc<A>,
     counts: Counts,
-    open: Mutex<Option<Open>>,
+    /// Says how long a head may take.
+    table: Arc<Table>,
 }
 
 #[derive(Debug)]
@@ -94,25 +119,38 @@ struct Open {
     port: Option<Admitted>,
 }
 
-impl Counts {
-    /// Counts a connection while `app` serves it.
-    async fn serve<A: ServerApp + Send + Sync + 'static>(
-        self,
-        app: Arc<A>,
+impl<A> Clone for Service<A> {
+    fn clone(&self) -> Self {
+        let Self { app, counts, table } = self;
+        Self { app: Arc::clone(app), counts: counts.clone(), table: Arc::clone(table) }
+    }
+}
+
+impl<A: ServerApp + Send + Sync + 'static> Service<A> {
+    fn connection(&self) -> Connection {
+        let limit = self.table.snapshot().config.limits.head_timeout.duration();
+        let new = Cell::new(self.counts.new.admit(usize::MAX));
+        Connection { new, clock: HeadClock::new(limit) }
+    }
+
+    /// Serves one connection to its end.
+    async fn serve(
+        &self,
         mut stream: Stream,
+        connection: Connection,
         shutdown: &ShutdownWatch,
     ) -> Option<Stream> {
-        let new = self.new.admit(usize::MAX);
-        let mut first = [0; HTTP2.len()];
-        // What was read is put back. Nothing, or too little for a request: nobody is there.
-        let begun = tokio::time::timeout(FIRST_BYTES, stream.try_peek(&mut first)).await;
-        begun.ok()?.ok()?;
-        if first == *HTTP2 {
-            let _open = self.http2.admit(usize::MAX);
-            drop(new);
-            return app.process_new(stream, shutdown).await;
+        let mut timer = pin!(heads::timer(&connection.clock));
+        let is_http2 = heads::is_http2(&mut stream, timer.as_mut()).await?;
+        if is_http2 {
+            let _open = self.counts.http2.admit(usize::MAX);
+            drop(connection);
+            // Its streams are tasks of their own; one without any is closed by Pingora.
+            return self.app.process_new(stream, shutdown).await;
         }
-        NEW.scope(Cell::new(new), app.process_new(stream, shutdown)).await
+        let serving = self.app.process_new(stream, shutdown);
+        let due = || CONNECTION.with(|own| own.clock.due());
+        CONNECTION.scope(connection, heads::watched(serving, due, timer)).await
     }
 }
 
@@ -124,10 +162,11 @@ impl<A: ServerApp + Send + Sync + 'static> Port<A> {
         shutdown.mark_changed();
         let sender = Arc::new(sender);
         while let Ok(stream) = socket.accept() {
-            let (app, counts) = (Arc::clone(&self.app), self.counts.clone());
-            let (shutdown, sender) = (shutdown.clone(), Arc::clone(&sender));
+            let (service, shutdown, sender) =
+                (self.service.clone(), shutdown.clone(), Arc::clone(&sender));
+            let connection = self.service.connection();
             tokio::spawn(async move {
-                counts.serve(app, stream, &shutdown).await;
+                service.serve(stream, connection, &shutdown).await;
                 drop(sender);
             });
         }
@@ -141,7 +180,14 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Port<A> {
         stream: Stream,
         shutdown: &ShutdownWatch,
     ) -> Option<Stream> {
-        self.counts.clone().serve(Arc::clone(&self.app), stream, shutdown).await
+        // In a task of its own: the one in which Pingora hands a connection over has room for a TLS handshake, 9 KiB that
+        // every stream would hold.
+        let (service, shutdown) = (self.service.clone(), shutdown.clone());
+        let connection = service.connection();
+        tokio::spawn(async move {
+            service.serve(stream, connection, &shutdown).await;
+        });
+        None
     }
 
     /// Pingora has stopped accepting; the app's own cleanup closes idle connections.
@@ -151,10 +197,11 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Port<A> {
         self.accept_rest(&socket);
         drop(socket);
         tokio::time::sleep(SETTLING).await;
-        if tokio::time::timeout(PATIENCE, self.counts.new.idle()).await.is_err() {
-            tracing::debug!(connections = self.counts.new.count(), "closed without a request");
+        let new = &self.service.counts.new;
+        if tokio::time::timeout(PATIENCE, new.idle()).await.is_err() {
+            tracing::debug!(connections = new.count(), "closed without a request");
         }
-        self.app.cleanup().await;
+        self.service.app.cleanup().await;
         drop(port);
     }
 }

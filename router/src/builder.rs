@@ -21,7 +21,7 @@ use crate::admin::token::{Token, TokenError};
 use crate::arrivals::Arrivals;
 use crate::client::pool;
 use crate::config::{Loaded, RouterConfig};
-use crate::engine::{Parts, Router};
+use crate::engine::{KEEP_ALIVE, Parts, Router};
 use crate::health::prober;
 use crate::limits::InFlight;
 use crate::listen::{Bound, Inherited, ListenError, Listening};
@@ -194,7 +194,8 @@ impl<H: Hooks> RouterBuilder<H> {
             Addresses { public: public.address.to_string(), admin: admin.address.to_string() };
         let (attendant, arrivals) = (self.attendant(), self.shared.arrivals.clone());
         let shared = Arc::clone(&self.shared);
-        let clients = arrivals.port(app(&server.configuration, self.proxy()), &public)?;
+        let table = Arc::clone(&self.shared.table);
+        let clients = arrivals.port(app(&server.configuration, self.proxy()), &public, table)?;
         server.add_service(background_service("attendant", attendant));
         let mut operators = Service::new("admin".to_owned(), Admin::new(shared, token));
         operators.threads = Some(1);
@@ -236,6 +237,7 @@ pub fn service<H: Hooks>(
 fn app<H: Hooks>(conf: &Arc<ServerConf>, proxy: RouterProxy<H>) -> HttpProxy<RouterProxy<H>> {
     let mut options = HttpServerOptions::default();
     options.h2c = true;
+    options.h2_idle_timeout = Some(KEEP_ALIVE);
     let mut app = http_proxy(conf, proxy);
     app.server_options = Some(options);
     app

@@ -120,6 +120,17 @@ pub enum ScheduleStyle {
     GenerationFirst,
 }
 
+/// What happens to KV that a context worker without a release call keeps for a request that ended without it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OrphanedKv {
+    /// A generation worker is asked for one token, so that it is read and with that free.
+    #[default]
+    Pull,
+    /// It stays until it expires there, and is counted.
+    Count,
+}
+
 /// `[routing]`.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -138,6 +149,8 @@ pub struct RoutingConfig {
     pub attempts: u32,
     /// How long a request waits for a usable worker.
     pub queue_timeout: Seconds,
+    /// What TensorRT-LLM context workers keep for requests that ended without it.
+    pub orphaned_kv: OrphanedKv,
     /// Part of the ids this router mints, so that routers side by side differ; unset = random.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub node_id: Option<u8>,
@@ -155,6 +168,7 @@ impl Default for RoutingConfig {
             idle_timeout: Seconds::new(30),
             attempts: 3,
             queue_timeout: Seconds::new(5),
+            orphaned_kv: OrphanedKv::default(),
             node_id: None,
             max_local_prefill_length: 0,
         }
@@ -309,6 +323,8 @@ pub struct LimitsConfig {
     pub max_body: Bytes,
     /// Requests being served at once; more are answered 429.
     pub max_in_flight: usize,
+    /// How long a client may take to send a request's head.
+    pub head_timeout: Seconds,
     /// How long a client may take to send its body.
     pub body_timeout: Seconds,
     /// Longest answer of a context worker.
@@ -320,6 +336,7 @@ impl Default for LimitsConfig {
         Self {
             max_body: Bytes::mib(32),
             max_in_flight: 4096,
+            head_timeout: Seconds::new(30),
             body_timeout: Seconds::new(30),
             max_context_answer: Bytes::mib(64),
         }

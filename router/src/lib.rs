@@ -10,8 +10,8 @@
 //! is repeated. A client that leaves cancels both legs and releases the KV lease.
 //!
 //! Beside the requests: [`health`] probes and ejects workers, [`metrics`] counts, [`admin`] answers
-//! operators on a port of its own, [`ops`] drains on a signal, and [`arrivals`] keeps
-//! new connections from being lost by that.
+//! operators on a port of its own, [`ops`] drains on a signal, [`arrivals`] keeps
+//! new connections from being lost by that, and [`heads`] ends those that bring no request.
 //!
 //! Embedding, from most to least of ours: [`builder::RouterBuilder`] adds everything to a Pingora server;
 //! [`proxy::RouterProxy`] is a ready `ProxyHttp` with hooks; the engine's `Router` handle serves single
@@ -25,6 +25,7 @@ pub mod client;
 pub mod config;
 pub mod dialect;
 pub mod engine;
+pub mod heads;
 pub mod health;
 pub mod limits;
 pub mod listen;

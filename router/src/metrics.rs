@@ -244,7 +244,7 @@ impl Metrics {
             ),
             releases: made.counter(
                 "baton_router_releases_total",
-                "Leases given back because nobody will pull them.",
+                "Leases given back because nobody wants them: released, or read for nobody.",
                 &[],
             ),
             orphaned_kv: made.counter(

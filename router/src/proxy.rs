@@ -13,7 +13,7 @@ use pingora_http::RequestHeader;
 use pingora_proxy::{FailToProxy, ProxyHttp, Session};
 use serde_json::{Value, json};
 
-use crate::arrivals::request_came;
+use crate::arrivals::{request_came, request_ended};
 use crate::builder::Shared;
 use crate::engine::downstream::{BodyError, is_clearly_framed};
 use crate::engine::{Outcome, Reply, Router, RouterCtx, early};
@@ -237,6 +237,7 @@ impl<H: Hooks> ProxyHttp for RouterProxy<H> {
 
     async fn logging(&self, session: &mut Session, _e: Option<&Error>, cx: &mut Cx) {
         self.log_access(session, &cx.router);
+        request_ended();
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod auth;
 mod bad_requests;
+mod broken_answers;
 mod chaos;
 mod checkpoints;
 mod departures;
@@ -19,6 +20,7 @@ mod hub;
 mod mixed;
 mod openai_client;
 mod operators;
+mod orphans;
 mod perplexity;
 mod prefix;
 mod random_faults;

@@ -25,7 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How a request ended for its client.
 #[derive(Debug, PartialEq)]
-enum End {
+pub enum End {
     /// With this text.
     Whole(String),
     /// A stream that said why it ends, without `[DONE]` and without a proper end of its body.
@@ -34,7 +34,7 @@ enum End {
     Failed(String),
 }
 
-async fn request(client: Client, stream: bool) -> End {
+pub async fn request(client: Client, stream: bool) -> End {
     let ended = async { if stream { streamed(client).await } else { whole(client).await } };
     match tokio::time::timeout(DEADLINE, ended).await {
         Ok(Ok(end)) => end,
@@ -73,7 +73,7 @@ async fn streamed(client: Client) -> anyhow::Result<End> {
 }
 
 /// Sends `count` requests, two of three streamed (so that round robin gives both kinds to every server), and calls `at` before each; how they ended.
-async fn load(client: Client, count: usize, mut at: impl FnMut(usize)) -> Vec<End> {
+pub async fn load(client: Client, count: usize, mut at: impl FnMut(usize)) -> Vec<End> {
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut running = JoinSet::new();
@@ -85,12 +85,12 @@ async fn load(client: Client, count: usize, mut at: impl FnMut(usize)) -> Vec<En
     running.join_all().await
 }
 
-fn words(count: usize) -> String {
+pub fn words(count: usize) -> String {
     (0..count).fold("A".to_owned(), |text, word| format!("{text} {word}"))
 }
 
 /// That all got `words` more than the first token, but for those that broke off; how many these are.
-fn judged(ends: &[End], expected: usize) -> usize {
+pub fn judged(ends: &[End], expected: usize) -> usize {
     let failed: Vec<_> = ends.iter().filter(|end| matches!(end, End::Failed(_))).collect();
     assert!(failed.is_empty(), "{} of {} failed: {failed:?}", failed.len(), ends.len());
     let text = words(expected);
@@ -101,7 +101,7 @@ fn judged(ends: &[End], expected: usize) -> usize {
 }
 
 /// That no lease is left and the router gave none up.
-async fn nothing_is_left(scene: &Scene, what: &str) {
+pub async fn nothing_is_left(scene: &Scene, what: &str) {
     let balance = scene.settled().await;
     note(format_args!("{what}: {balance:?}"));
     assert!(balance.issued > 0 && balance.pulled > 0, "{balance:?}");
@@ -247,6 +247,13 @@ async fn clients_that_leave_in_any_phase_leave_nothing_behind() {
         .await;
     }
     nothing_is_left(&scene, "clients leave").await;
+    let left = [("outcome", "client_gone")];
+    assert_eq!(scene.count("baton_router_requests_total", &left).await, 3.0 * CLIENTS as f64);
+    assert_eq!(scene.count("baton_router_requests_total", &[]).await, 3.0 * CLIENTS as f64);
+    for outcome in ["refused", "failed", "timed_out", "busy", "rejected", "handover"] {
+        let hops = scene.count("baton_router_hops_total", &[("outcome", outcome)]).await;
+        assert_eq!(hops, 0.0, "{outcome}");
+    }
     scene.contexts.iter().chain(&scene.generations).for_each(|one| one.behave(Behaviour::Serve));
     assert_eq!(request(scene.client(), true).await, End::Whole(words(50)));
     scene.stop();

@@ -32,13 +32,24 @@ pub async fn scene(contexts: usize, generations: usize, over: Table) -> Scene {
 
 /// The same with another number of words.
 pub async fn scene_of(contexts: usize, generations: usize, words: usize, over: Table) -> Scene {
+    scene_like(true, contexts, generations, words, over).await
+}
+
+/// The same, of workers that call themselves Baton's or TensorRT-LLM's.
+pub async fn scene_like(
+    baton: bool,
+    contexts: usize,
+    generations: usize,
+    words: usize,
+    over: Table,
+) -> Scene {
     let folder = tempfile::tempdir().unwrap();
     let ledger = Ledger::default();
     let mut workers = [Vec::new(), Vec::new()];
     let mut servers = [Vec::new(), Vec::new()];
     for (role, count) in [contexts, generations].into_iter().enumerate() {
         for _ in 0..count {
-            let mock = MockWorker::start_with(true, words, Some(ledger.clone())).await.unwrap();
+            let mock = MockWorker::start_with(baton, words, Some(ledger.clone())).await.unwrap();
             let server = toml::Value::Table(
                 [("url".to_owned(), mock.address.to_string().into())].into_iter().collect(),
             );

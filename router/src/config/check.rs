@@ -193,6 +193,7 @@ impl RouterConfig {
 
     fn check_limits(&self, at: At<'_>) -> Result<(), ConfigError> {
         let limits = &self.limits;
+        positive(at, "limits.head_timeout", limits.head_timeout)?;
         positive(at, "limits.body_timeout", limits.body_timeout)?;
         at_least_one(at, "limits.max_body", limits.max_body.0)?;
         at_least_one(at, "limits.max_context_answer", limits.max_context_answer.0)?;

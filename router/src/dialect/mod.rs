@@ -5,6 +5,7 @@
 
 pub mod early;
 pub mod era;
+pub mod pull;
 pub mod trtllm;
 
 use bytes::Bytes;
@@ -55,6 +56,15 @@ pub fn takes_release(dialect: Dialect) -> bool {
         Dialect::Baton => true,
         // A worker that has not said yet what it is may hold a lease; it answers 404 if it does not know the call.
         Dialect::Unknown => true,
+        Dialect::Trtllm12 | Dialect::Trtllm13 | Dialect::TrtllmMain => false,
+    }
+}
+
+/// Whether who reads a record of such a worker says that it is gone (`kv_lease_gone`), so that it does no harm to ask.
+pub fn tells_what_is_gone(dialect: Dialect) -> bool {
+    match dialect {
+        // A record is read by workers of the kind that made it.
+        Dialect::Baton | Dialect::Unknown => true,
         Dialect::Trtllm12 | Dialect::Trtllm13 | Dialect::TrtllmMain => false,
     }
 }

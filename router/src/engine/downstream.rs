@@ -15,7 +15,7 @@ use pingora_http::ResponseHeader;
 use pingora_proxy::Session;
 
 /// How long an idle connection may wait for its next request.
-const KEEP_ALIVE_SECONDS: u64 = 75;
+pub const KEEP_ALIVE: Duration = Duration::from_secs(75);
 /// How long one write to a client may take.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long, and for how many bytes, we go on reading a body that is refused: a client that finds the connection
@@ -80,7 +80,7 @@ pub fn early(session: &mut ServerSession) {
     session.set_write_timeout(Some(WRITE_TIMEOUT));
     session.set_total_drain_timeout(Some(LINGER));
     if session.get_keepalive().is_some() {
-        session.set_keepalive(Some(KEEP_ALIVE_SECONDS));
+        session.set_keepalive(Some(KEEP_ALIVE.as_secs()));
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::Guard;
+use baton_shared::wire::auth::DISAGG_HEADER;
 use baton_shared::wire::error::{Remedy, remedy};
 use bytes::Bytes;
 
@@ -12,9 +13,11 @@ use super::plan::Trouble;
 use super::reply::Reply;
 use crate::client::{Address, Answer, ClientError, Exchange};
 use crate::dialect::WorkerError;
+use crate::dialect::trtllm::ContextAnswer;
 use crate::health::Outcome;
 use crate::metrics::{HopOutcome, Metrics};
 use crate::table::Phase;
+use crate::table::keys::LiveKeys;
 use crate::table::worker::{InFlight, Worker};
 
 /// Longest answer of a worker that refuses, in bytes.
@@ -25,6 +28,18 @@ const MAX_QUOTE: usize = 1000;
 /// Where a worker can be reached, in the order to try; to be kept over a wait.
 pub(super) fn addresses(worker: &Worker) -> Arc<Vec<Address>> {
     Guard::into_inner(worker.addresses())
+}
+
+/// The header lines of a generation request, `lines` among them: with state in the body it is signed as upstream does.
+pub(super) fn generation_lines(keys: &LiveKeys, lines: &str, answer: &ContextAnswer) -> String {
+    let mut lines = lines.to_owned();
+    if keys.authenticate() {
+        let (endpoint, state) = answer.signed_state();
+        if let Some(value) = keys.sign_disagg(endpoint.as_deref(), state.as_deref()) {
+            lines.push_str(&format!("{DISAGG_HEADER}: {value}\r\n"));
+        }
+    }
+    lines
 }
 
 /// Counts one exchange: on the worker while it lasts, in the metrics when it ends. Dropped = cancelled.
@@ -79,18 +94,29 @@ impl Fault {
         Self { trouble, health, counted, message, reply: None, retry_after: None, answered: false }
     }
 
+    /// Whether the worker did nothing with the request: it never got it, or turned it away.
+    pub(super) fn is_turned_away(&self) -> bool {
+        match self.trouble {
+            Trouble::Refused(remedy) => remedy != Remedy::AnotherServerBlame,
+            Trouble::Unreachable => true,
+            Trouble::Broken | Trouble::TimedOut => false,
+        }
+    }
+
     /// There was no usable answer.
     pub(super) fn broken(error: &ClientError) -> Self {
-        let (health, counted) = match error {
-            ClientError::Connect(_) => (Outcome::Refused, HopOutcome::Refused),
+        let (trouble, health, counted) = match error {
+            ClientError::Connect(_) => {
+                (Trouble::Unreachable, Outcome::Refused, HopOutcome::Refused)
+            }
             ClientError::Stale
             | ClientError::Io(_)
             | ClientError::Closed
             | ClientError::Malformed(_)
             | ClientError::TooBig(_)
-            | ClientError::TimedOut(_) => (Outcome::Failed, HopOutcome::Failed),
+            | ClientError::TimedOut(_) => (Trouble::Broken, Outcome::Failed, HopOutcome::Failed),
         };
-        Self::of(Trouble::Broken, health, counted, error.to_string())
+        Self::of(trouble, health, counted, error.to_string())
     }
 
     /// There was an answer, but it makes no sense.

@@ -9,23 +9,27 @@ pub mod downstream;
 mod features;
 mod hop;
 mod lease;
+mod orphan;
 pub mod plan;
 pub mod recent;
 pub mod reply;
 mod route;
 mod stream;
 
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::{Context, Waker};
 use std::time::Duration;
 
 use baton_shared::id::{DisaggRequestId, IdMint};
 use baton_shared::wire::error::ErrorCode;
 use http::Method;
+use pingora_core::protocols::http::ServerSession;
 use pingora_error::{Error, ErrorType, Result};
 
 pub use self::ctx::{Outcome, RouterCtx, Trail};
 use self::downstream::{BodyError, BodyLimits};
-pub use self::downstream::{Downstream, early};
+pub use self::downstream::{Downstream, KEEP_ALIVE, early};
 use self::lease::Releaser;
 use self::recent::Recent;
 pub use self::reply::Reply;
@@ -95,7 +99,8 @@ impl Router {
     /// A router of these parts.
     pub fn new(parts: Parts) -> Self {
         let Parts { table, metrics, keys, in_flight, mint } = parts;
-        let releaser = Arc::new(Releaser::new(keys.clone(), Arc::clone(&metrics)));
+        let releaser = Releaser::new(Arc::clone(&table), keys.clone(), Arc::clone(&metrics));
+        let releaser = Arc::new(releaser);
         let recent = Recent::default();
         Self(Arc::new(Shared { table, metrics, keys, in_flight, mint, releaser, recent }))
     }
@@ -221,6 +226,10 @@ impl Router {
         };
         drop(request);
         match routed {
+            // Written to a client that has left it would pass for answered.
+            Routed::Reply(reply) if reply.status >= 500 && is_gone(downstream.core()) => {
+                Err(cx.gone("the client left before it was told of a failure"))
+            }
             Routed::Reply(reply) => {
                 self.count_first_byte(cx, endpoint(api), reply.status);
                 self.reply(downstream, cx, reply).await.map(Served::Answered)
@@ -368,6 +377,12 @@ impl Router {
     }
 }
 
+/// Whether the client has left, as far as is known now.
+fn is_gone(session: &mut ServerSession) -> bool {
+    let gone = pin!(downstream::client_gone(session));
+    gone.poll(&mut Context::from_waker(Waker::noop())).is_ready()
+}
+
 fn endpoint(api: Api) -> Endpoint {
     match api {
         Api::Completions => Endpoint::Completions,
@@ -377,6 +392,8 @@ fn endpoint(api: Api) -> Endpoint {
 
 #[cfg(test)]
 mod choice_tests;
+#[cfg(test)]
+mod record_tests;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]

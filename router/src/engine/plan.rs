@@ -1,7 +1,10 @@
-//! What comes next after a hop went wrong: pure, by the table in `baton_shared::wire::error`.
+//! What comes next after a hop went wrong: pure, by the table in `baton_shared::wire::error` and by what has become of
+//! the record.
 //!
-//! Holds: at most `attempts` context passes a request, and at most `attempts` generation tries that failed by a
-//! generation worker's own fault. Refusals for load are not counted; the engine bounds them by time.
+//! Holds: a request ends when `attempts` of its context passes failed or were lost, or when `attempts` generation tries
+//! failed by a generation worker's own fault. A pass that a failed generation costs is counted there alone, so a request
+//! has less than twice `attempts` passes. Not counted: refusals for load, which the engine bounds by time, and workers
+//! that cannot be reached while another one may do it.
 
 use baton_shared::wire::error::{ErrorCode, Remedy};
 
@@ -12,10 +15,34 @@ use crate::table::Phase;
 pub enum Trouble {
     /// The worker answered something other than 2xx, and this is to be done about it.
     Refused(Remedy),
-    /// No connection, a broken one, or nonsense.
+    /// No connection: the worker knows nothing of the request.
+    Unreachable,
+    /// A broken connection, or nonsense.
     Broken,
     /// No answer in time.
     TimedOut,
+}
+
+/// What has become of the record that a generation worker was to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// It can be read: nothing was sent, the request was turned away, or there is no record.
+    Whole,
+    /// The worker has the request and may have read it, as far as what came back tells: nothing, or an error of its own.
+    Doubtful,
+    /// A good answer had begun, so it was read; one record has one reader.
+    Read,
+}
+
+impl Record {
+    /// The same for the worker that is asked next. Where that cannot tell a record that is gone from a fault of its
+    /// own, a doubtful one is not tried.
+    pub fn for_next(self, tells_what_is_gone: bool) -> Self {
+        match self {
+            Self::Doubtful if !tells_what_is_gone => Self::Read,
+            other => other,
+        }
+    }
 }
 
 /// What to do next.
@@ -28,8 +55,8 @@ pub enum Next {
     },
     /// A new context pass; the record is left behind.
     ContextPass {
-        /// The context worker is to blame.
-        blame_context: bool,
+        /// Who is to blame.
+        blame: Blame,
     },
     /// The worker's answer is the client's.
     Forward,
@@ -37,57 +64,90 @@ pub enum Next {
     GiveUp(ErrorCode),
 }
 
+/// Whose fault it is that a record is worth nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blame {
+    /// Time's.
+    Nobody,
+    /// The context worker's: its blocks cannot be read.
+    Context,
+    /// The generation worker's: it read the blocks and did not answer.
+    Generation,
+}
+
 /// What was tried for one request.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress {
     attempts: u32,
-    passes: u32,
+    failed_passes: u32,
     failed_generations: u32,
+    /// The record in force was in the hands of a generation worker that failed.
+    doubted: bool,
 }
 
 impl Progress {
     /// Nothing tried yet; `attempts` counts the first try too.
     pub fn new(attempts: u32) -> Self {
-        Self { attempts: attempts.max(1), passes: 0, failed_generations: 0 }
+        Self { attempts: attempts.max(1), failed_passes: 0, failed_generations: 0, doubted: false }
     }
 
-    /// Decides after a hop of `phase` went wrong.
-    pub fn after(&mut self, phase: Phase, trouble: Trouble) -> Next {
+    /// Decides after a hop of `phase` went wrong. `record`: what has become of it, in the generation phase;
+    /// `others`: whether there are workers of this phase that have not failed the request.
+    pub fn after(&mut self, phase: Phase, trouble: Trouble, record: Record, others: bool) -> Next {
         match trouble {
             Trouble::Refused(Remedy::PassThrough) => Next::Forward,
             Trouble::Refused(Remedy::GiveUp) => Next::GiveUp(failed(phase)),
             Trouble::Refused(Remedy::AnotherServer) => Next::Again { busy: true },
+            Trouble::Refused(Remedy::NewContextPass) if phase == Phase::Generation => {
+                self.lost(Blame::Nobody)
+            }
+            Trouble::Refused(Remedy::NewContextPassElsewhere) if phase == Phase::Generation => {
+                self.lost(Blame::Context)
+            }
+            Trouble::Unreachable if others => Next::Again { busy: false },
             Trouble::Refused(
-                remedy @ (Remedy::NewContextPass | Remedy::NewContextPassElsewhere),
-            ) => {
-                let blame_context = remedy == Remedy::NewContextPassElsewhere;
-                match phase {
-                    Phase::Context => self.again(phase, failed(phase)),
-                    Phase::Generation => self.context_pass(blame_context),
-                }
-            }
-            Trouble::Refused(Remedy::AnotherServerBlame) | Trouble::Broken => {
-                self.again(phase, failed(phase))
-            }
-            Trouble::TimedOut => self.again(phase, timed_out(phase)),
+                Remedy::NewContextPass
+                | Remedy::NewContextPassElsewhere
+                | Remedy::AnotherServerBlame,
+            )
+            | Trouble::Unreachable
+            | Trouble::Broken => self.failed(phase, record, failed(phase)),
+            Trouble::TimedOut => self.failed(phase, record, timed_out(phase)),
         }
     }
 
-    /// The same phase again, if it may still be tried.
-    fn again(&mut self, phase: Phase, otherwise: ErrorCode) -> Next {
-        let tries = match phase {
-            Phase::Context => &mut self.passes,
+    /// A worker of `phase` failed by its own fault.
+    fn failed(&mut self, phase: Phase, record: Record, otherwise: ErrorCode) -> Next {
+        let failed = match phase {
+            Phase::Context => &mut self.failed_passes,
             Phase::Generation => &mut self.failed_generations,
         };
-        *tries += 1;
-        if *tries < self.attempts { Next::Again { busy: false } } else { Next::GiveUp(otherwise) }
+        *failed += 1;
+        if *failed >= self.attempts {
+            return Next::GiveUp(otherwise);
+        }
+        match (phase, record) {
+            (Phase::Context, _) | (Phase::Generation, Record::Whole) => Next::Again { busy: false },
+            // Reading it again costs little, computing it again may cost much: one more worker may try.
+            (Phase::Generation, Record::Doubtful) if !self.doubted => {
+                self.doubted = true;
+                Next::Again { busy: false }
+            }
+            (Phase::Generation, Record::Doubtful | Record::Read) => {
+                self.doubted = false;
+                Next::ContextPass { blame: Blame::Generation }
+            }
+        }
     }
 
-    /// The pass that succeeded was in vain.
-    fn context_pass(&mut self, blame_context: bool) -> Next {
-        self.passes += 1;
-        if self.passes < self.attempts {
-            Next::ContextPass { blame_context }
+    /// The record is not there; the pass that made it was in vain.
+    fn lost(&mut self, blame: Blame) -> Next {
+        // A worker that was in doubt has read it; that one is counted already.
+        let is_explained = self.doubted && blame == Blame::Nobody;
+        self.doubted = false;
+        self.failed_passes += u32::from(!is_explained);
+        if self.failed_passes < self.attempts {
+            Next::ContextPass { blame }
         } else {
             Next::GiveUp(ErrorCode::GenerationFailed)
         }
@@ -111,56 +171,4 @@ pub fn timed_out(phase: Phase) -> ErrorCode {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const AGAIN: Next = Next::Again { busy: false };
-
-    #[test]
-    fn a_phase_is_tried_as_often_as_configured() {
-        for phase in Phase::ALL {
-            let mut progress = Progress::new(3);
-            assert_eq!(progress.after(phase, Trouble::Broken), AGAIN);
-            assert_eq!(progress.after(phase, Trouble::Refused(Remedy::AnotherServerBlame)), AGAIN);
-            assert_eq!(progress.after(phase, Trouble::TimedOut), Next::GiveUp(timed_out(phase)));
-        }
-    }
-
-    #[test]
-    fn lost_records_and_failed_passes_share_one_count_of_context_passes() {
-        let mut progress = Progress::new(3);
-        assert_eq!(progress.after(Phase::Context, Trouble::Broken), AGAIN);
-        assert_eq!(
-            progress.after(Phase::Generation, Trouble::Refused(Remedy::NewContextPass)),
-            Next::ContextPass { blame_context: false }
-        );
-        assert_eq!(
-            progress.after(Phase::Generation, Trouble::Refused(Remedy::NewContextPassElsewhere)),
-            Next::GiveUp(ErrorCode::GenerationFailed)
-        );
-    }
-
-    #[test]
-    fn a_dead_peer_blames_the_context_worker() {
-        let mut progress = Progress::new(2);
-        assert_eq!(
-            progress.after(Phase::Generation, Trouble::Refused(Remedy::NewContextPassElsewhere)),
-            Next::ContextPass { blame_context: true }
-        );
-    }
-
-    #[test]
-    fn load_is_not_counted_and_mistakes_are_not_repeated() {
-        for phase in Phase::ALL {
-            let mut progress = Progress::new(1);
-            for _ in 0..100 {
-                let busy = Trouble::Refused(Remedy::AnotherServer);
-                assert_eq!(progress.after(phase, busy), Next::Again { busy: true });
-            }
-            let mistake = Trouble::Refused(Remedy::GiveUp);
-            assert_eq!(progress.after(phase, mistake), Next::GiveUp(failed(phase)));
-            let clients = Trouble::Refused(Remedy::PassThrough);
-            assert_eq!(progress.after(phase, clients), Next::Forward);
-        }
-    }
-}
+mod tests;

@@ -5,22 +5,21 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_shared::wire::auth::DISAGG_HEADER;
 use baton_shared::wire::error::ErrorCode;
 use bytes::Bytes;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::hop::{self, Fault, Hop};
-use super::lease::Lease;
-use super::plan::{self, Next, Progress};
+use super::lease::{Lease, Terms};
+use super::plan::{self, Blame, Next, Progress, Record};
 use super::reply::Reply;
 use super::{Shared, Trail};
 use crate::client::head::ContentType;
 use crate::client::{self, Exchange};
 use crate::config::RouterConfig;
-use crate::dialect::early;
 use crate::dialect::era::Era;
 use crate::dialect::trtllm::{ClientRequest, ContextAnswer};
+use crate::dialect::{early, tells_what_is_gone};
 use crate::health::Outcome;
 use crate::metrics::HopOutcome;
 use crate::policy::{Features, Tried};
@@ -80,10 +79,8 @@ struct Queue {
 /// What came of the generation phase.
 enum Generated {
     Routed(Routed),
-    /// The record is worth nothing; a new context pass is due.
-    Lost {
-        blame_context: bool,
-    },
+    /// The record is worth nothing, and this is to blame; a new context pass is due.
+    Lost(Blame),
 }
 
 impl<'a> Route<'a> {
@@ -115,35 +112,36 @@ impl<'a> Route<'a> {
     }
 
     async fn passes(&mut self) -> Routed {
+        // Who failed is not forgotten in the next pass.
+        let (mut tried, mut tried_after) = (Tried::default(), Tried::default());
         if self.is_local() {
             self.shared.metrics.local_prefill();
             // Otherwise the worker said that there is no record: there was none, so take the long way.
-            if let Generated::Routed(routed) = self.generation(None).await {
+            if let Generated::Routed(routed) = self.generation(None, &mut tried_after).await {
                 return routed;
             }
         }
-        let mut tried = Tried::default();
         loop {
-            let (mut lease, answer) = match self.context(&mut tried).await {
+            let (lease, answer) = match self.context(&mut tried).await {
                 Ok(passed) => passed,
                 Err(routed) => return routed,
             };
+            // From here on the lease ends before what it can be read by.
+            let mut lease = lease;
+            lease.answered(&answer);
             if answer.is_finished() {
                 lease.settle();
                 return self.early_stop(&answer);
             }
-            match self.generation(Some((&mut lease, &answer))).await {
+            match self.generation(Some((&mut lease, &answer)), &mut tried_after).await {
                 Generated::Routed(routed) => return routed,
-                Generated::Lost { blame_context } => {
-                    if blame_context {
-                        self.shared.table.report(&lease.worker, Outcome::Failed);
-                        tried.doubt(&lease.worker);
-                    } else {
-                        tried.forget(&lease.worker);
-                    }
-                    self.shared.metrics.retry(Phase::Context);
+                Generated::Lost(Blame::Context) => {
+                    self.shared.table.report(&lease.worker, Outcome::Failed);
+                    tried.doubt(&lease.worker);
                 }
+                Generated::Lost(Blame::Nobody | Blame::Generation) => tried.forget(&lease.worker),
             }
+            self.shared.metrics.retry(Phase::Context);
         }
     }
 
@@ -165,14 +163,20 @@ impl<'a> Route<'a> {
     }
 
     /// Asks context workers until one has computed the prompt.
-    async fn context(&mut self, tried: &mut Tried) -> Result<(Lease, ContextAnswer), Routed> {
+    async fn context(&mut self, tried: &mut Tried) -> Result<(Lease<'a>, ContextAnswer), Routed> {
         self.phase = Phase::Context;
         loop {
             let worker = self.choose(tried).await?;
             tried.add(&worker);
             self.trail.context = Some(Arc::clone(&worker));
             self.trail.passes += 1;
-            let mut lease = Lease::new(&self.shared.releaser, &worker);
+            let terms = Terms {
+                releaser: &self.shared.releaser,
+                orphans: self.config.routing.orphaned_kv,
+                request: self.request,
+                lines: self.lines,
+            };
+            let mut lease = Lease::new(terms, &worker);
             let hop = self.begin(&worker);
             let limit = self.config.routing.context_timeout.duration();
             let asked = timeout(limit, self.ask_context(&worker, &mut lease)).await;
@@ -186,8 +190,8 @@ impl<'a> Route<'a> {
                     if fault.answered {
                         lease.settle();
                     }
-                    match self.after(&worker, hop, fault)? {
-                        Step::Again | Step::ContextPass { .. } => {
+                    match self.after(&worker, hop, fault, Record::Whole, tried)? {
+                        Step::Again | Step::ContextPass(_) => {
                             self.shared.metrics.retry(Phase::Context);
                         }
                     }
@@ -199,7 +203,7 @@ impl<'a> Route<'a> {
     async fn ask_context(
         &self,
         worker: &Worker,
-        lease: &mut Lease,
+        lease: &mut Lease<'_>,
     ) -> Result<ContextAnswer, Fault> {
         let head = worker.heads.get(self.request.api.target());
         let mut sent = None;
@@ -224,14 +228,18 @@ impl<'a> Route<'a> {
 
     /// Asks generation workers until one has begun to answer, or the record is lost. Without a record they are to do
     /// the whole request.
-    async fn generation(&mut self, record: Option<(&mut Lease, &ContextAnswer)>) -> Generated {
+    async fn generation(
+        &mut self,
+        record: Option<(&mut Lease<'_>, &ContextAnswer)>,
+        tried: &mut Tried,
+    ) -> Generated {
         self.phase = Phase::Generation;
         let (mut lease, answer) = record.unzip();
-        let lines = answer.map(|answer| self.generation_lines(answer));
+        let lines =
+            answer.map(|answer| hop::generation_lines(&self.shared.keys, self.lines, answer));
         let lines = lines.as_deref().unwrap_or(self.lines);
-        let mut tried = Tried::default();
         loop {
-            let worker = match self.choose(&mut tried).await {
+            let worker = match self.choose(tried).await {
                 Ok(worker) => worker,
                 Err(routed) => return Generated::Routed(routed),
             };
@@ -242,7 +250,10 @@ impl<'a> Route<'a> {
                 Some(answer) => self.request.generation(answer, Era::of(worker.dialect())),
                 None => self.request.whole(),
             };
-            match self.ask_generation(&worker, lines, &body).await {
+            let mut nothing = Record::Whole;
+            let record = lease.as_mut().map_or(&mut nothing, |lease| &mut lease.record);
+            let before = *record;
+            match self.ask_generation(&worker, lines, &body, record).await {
                 Ok(Begun::Whole(reply)) => {
                     lease.as_mut().into_iter().for_each(|lease| lease.settle());
                     hop.end(HopOutcome::Ok);
@@ -255,13 +266,27 @@ impl<'a> Route<'a> {
                     let stream = Stream { exchange, first, hop, worker };
                     return Generated::Routed(Routed::Stream(Box::new(stream)));
                 }
-                Err(fault) => match self.after(&worker, hop, fault) {
-                    Ok(Step::ContextPass { blame_context }) => {
-                        return Generated::Lost { blame_context };
+                Err(fault) => {
+                    let record = match &mut lease {
+                        Some(lease) => {
+                            if fault.is_turned_away() {
+                                lease.record = before;
+                            }
+                            lease.record.for_next(tells_what_is_gone(lease.worker.dialect()))
+                        }
+                        None => Record::Whole,
+                    };
+                    match self.after(&worker, hop, fault, record, tried) {
+                        Ok(Step::ContextPass(blame)) => {
+                            if blame != Blame::Generation {
+                                tried.forget(&worker);
+                            }
+                            return Generated::Lost(blame);
+                        }
+                        Ok(Step::Again) => self.shared.metrics.retry(Phase::Generation),
+                        Err(routed) => return Generated::Routed(routed),
                     }
-                    Ok(Step::Again) => self.shared.metrics.retry(Phase::Generation),
-                    Err(routed) => return Generated::Routed(routed),
-                },
+                }
             }
         }
     }
@@ -271,13 +296,19 @@ impl<'a> Route<'a> {
         worker: &Worker,
         lines: &str,
         body: &[Bytes],
+        record: &mut Record,
     ) -> Result<Begun, Fault> {
         let head = worker.heads.get(self.request.api.target());
         let addresses = hop::addresses(worker);
         let work = async {
-            let exchange = client::send(&addresses, head, lines.as_bytes(), || body.to_vec());
+            let body = || {
+                *record = Record::Doubtful;
+                body.to_vec()
+            };
+            let exchange = client::send(&addresses, head, lines.as_bytes(), body);
             let exchange = exchange.await.map_err(|error| Fault::broken(&error))?;
             let mut exchange = hop::accepted(exchange).await?;
+            *record = Record::Read;
             let is_stream = exchange.head().content_type == ContentType::EventStream;
             if !self.request.stream {
                 if is_stream {
@@ -328,12 +359,19 @@ impl<'a> Route<'a> {
     }
 
     /// Notes how a hop went wrong and decides what is next; an error is what the client gets.
-    fn after(&mut self, worker: &Arc<Worker>, hop: Hop, fault: Fault) -> Result<Step, Routed> {
+    fn after(
+        &mut self,
+        worker: &Arc<Worker>,
+        hop: Hop,
+        fault: Fault,
+        record: Record,
+        tried: &Tried,
+    ) -> Result<Step, Routed> {
         let Fault { trouble, health, counted, message, reply, retry_after, answered: _ } = fault;
         let phase = self.phase;
         hop.end(counted);
         self.shared.table.report(worker, health);
-        let next = self.progress.after(phase, trouble);
+        let next = self.progress.after(phase, trouble, record, self.is_better_expected(tried));
         tracing::debug!(
             worker = %worker.id, phase = phase.as_str(), why = message, ?next, "hop went wrong"
         );
@@ -344,7 +382,7 @@ impl<'a> Route<'a> {
                 queue.retry_after = queue.retry_after.max(retry_after);
                 Ok(Step::Again)
             }
-            Next::ContextPass { blame_context } => Ok(Step::ContextPass { blame_context }),
+            Next::ContextPass { blame } => Ok(Step::ContextPass(blame)),
             Next::Forward => {
                 let nothing = || Reply::error(plan::failed(phase), &message);
                 Err(Routed::Reply(reply.unwrap_or_else(nothing)))
@@ -409,19 +447,6 @@ impl<'a> Route<'a> {
         let retry_after = self.queues[self.phase as usize].retry_after.or(reply.retry_after);
         Routed::Reply(Reply { retry_after, ..reply })
     }
-
-    /// The header lines of a generation request: with state in the body it is signed as upstream does.
-    fn generation_lines(&self, answer: &ContextAnswer) -> String {
-        let mut lines = self.lines.to_owned();
-        if self.shared.keys.authenticate() {
-            let (endpoint, state) = answer.signed_state();
-            if let Some(value) = self.shared.keys.sign_disagg(endpoint.as_deref(), state.as_deref())
-            {
-                lines.push_str(&format!("{DISAGG_HEADER}: {value}\r\n"));
-            }
-        }
-        lines
-    }
 }
 
 /// What a generation worker's answer has begun as.
@@ -435,5 +460,5 @@ enum Step {
     /// The same phase on another worker.
     Again,
     /// A new context pass.
-    ContextPass { blame_context: bool },
+    ContextPass(Blame),
 }

@@ -119,6 +119,13 @@ impl Scripted {
         Self::start(|_, ask| served(ask)).await
     }
 
+    /// An address where nobody listens.
+    pub async fn dead() -> Self {
+        let address = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let (releases, closed) = (mpsc::unbounded_channel().1, mpsc::unbounded_channel().1);
+        Self { address, asks: Arc::default(), releases, closed }
+    }
+
     /// Requests so far.
     pub fn asks(&self) -> Vec<Ask> {
         self.asks.lock().unwrap().clone()
@@ -293,6 +300,14 @@ impl Read {
 }
 
 impl Scene {
+    /// The line of a metric without labels.
+    pub fn count(&self, name: &str) -> String {
+        let (table, metrics) = (self.router.table(), self.router.metrics());
+        let text = metrics.render(&table.snapshot(), table.now(), 0);
+        let mut lines = text.lines().filter_map(|line| line.strip_prefix(name));
+        lines.find_map(|rest| rest.strip_prefix(' ')).unwrap().to_owned()
+    }
+
     /// Connects a client.
     pub async fn connect(&self) -> TcpStream {
         TcpStream::connect(self.address).await.unwrap()
