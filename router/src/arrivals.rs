@@ -96,8 +96,14 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Port<A> {
         stream: Stream,
         shutdown: &ShutdownWatch,
     ) -> Option<Stream> {
+        // In a task of its own: the one in which Pingora hands a connection over has room for a TLS handshake, 9 KiB that
+        // every stream would hold.
+        let (app, shutdown) = (Arc::clone(&self.app), shutdown.clone());
         let new = Cell::new(self.new.admit(usize::MAX));
-        NEW.scope(new, self.app.process_new(stream, shutdown)).await
+        tokio::spawn(async move {
+            NEW.scope(new, app.process_new(stream, &shutdown)).await;
+        });
+        None
     }
 
     /// Pingora has stopped accepting; the app's own cleanup closes idle connections.
