@@ -116,7 +116,7 @@ impl RequestId {
 
     /// A fresh one: 32 random hexadecimal digits.
     pub fn mint() -> Self {
-        Self(format!("{:032x}", rand::random::<u128>()))
+        Self(std::str::from_utf8(&hex::<32>(rand::random())).unwrap_or_default().to_owned())
     }
 
     /// As it goes into the header.
@@ -186,14 +186,27 @@ impl TraceParent {
     }
 }
 
+/// The last `N` hexadecimal digits. Every request is given ids, so without the detours of `{:x}`.
+fn hex<const N: usize>(mut number: u128) -> [u8; N] {
+    let mut digits = [0; N];
+    for digit in digits.iter_mut().rev() {
+        *digit = b"0123456789abcdef"[(number & 15) as usize];
+        number >>= 4;
+    }
+    digits
+}
+
 fn random_span() -> u64 {
     rand::random::<u64>().max(1)
 }
 
 impl fmt::Display for TraceParent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let flags = u8::from(self.sampled);
-        write!(f, "00-{:032x}-{:016x}-{flags:02x}", self.trace_id, self.parent_id)
+        let mut text = *b"00-................................-................-00";
+        text[3..35].copy_from_slice(&hex::<32>(self.trace_id));
+        text[36..52].copy_from_slice(&hex::<16>(self.parent_id.into()));
+        text[54] += u8::from(self.sampled);
+        f.write_str(std::str::from_utf8(&text).unwrap_or_default())
     }
 }
 

@@ -20,7 +20,8 @@ const MAX_KEPT: usize = 256;
 /// A returned connection triggers a sweep when the last is this many milliseconds ago.
 const SWEEP_EVERY_MS: u64 = 2000;
 
-type Pool = Mutex<HashMap<Address, Vec<Idle>>>;
+/// Addresses are the operator's: a quick hash does.
+type Pool = Mutex<HashMap<Address, Vec<Idle>, foldhash::fast::RandomState>>;
 
 struct Idle {
     stream: Stream,
@@ -54,7 +55,7 @@ pub(super) fn put(address: Address, stream: Stream) {
             kept.push(Idle { stream, since: now });
         }
     });
-    let now_ms = u64::try_from(START.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let now_ms = u64::try_from(now.duration_since(*START).as_millis()).unwrap_or(u64::MAX);
     let last = LAST_SWEEP_MS.load(Ordering::Relaxed);
     let due = now_ms.saturating_sub(last) >= SWEEP_EVERY_MS;
     if due

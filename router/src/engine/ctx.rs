@@ -4,11 +4,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_shared::telemetry::{RequestId, TraceParent};
+use http::HeaderName;
 use pingora_core::protocols::http::ServerSession;
 use pingora_error::{BError, Error, ErrorType, Result};
 
 use super::downstream;
+use super::reply::REQUEST_ID;
 use crate::table::worker::Worker;
+
+const TRACE: HeaderName = HeaderName::from_static("traceparent");
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,12 +84,10 @@ impl RouterCtx {
     /// Takes over the client's request id and trace, if it has sane ones.
     pub fn begin(&mut self, session: &ServerSession) {
         self.started = Instant::now();
-        if let Some(id) = downstream::header(session, "x-request-id").and_then(RequestId::accept) {
+        if let Some(id) = downstream::header(session, REQUEST_ID).and_then(RequestId::accept) {
             self.request_id = id;
         }
-        if let Some(parent) =
-            downstream::header(session, "traceparent").and_then(TraceParent::parse)
-        {
+        if let Some(parent) = downstream::header(session, TRACE).and_then(TraceParent::parse) {
             self.trace = parent.child();
         }
     }
@@ -105,6 +107,7 @@ impl RouterCtx {
 
     /// Header lines that every worker gets.
     pub(super) fn lines(&self) -> String {
-        format!("x-request-id: {}\r\ntraceparent: {}\r\n", self.request_id, self.trace)
+        let (id, trace) = (self.request_id.as_str(), self.trace.to_string());
+        ["x-request-id: ", id, "\r\ntraceparent: ", &trace, "\r\n"].concat()
     }
 }

@@ -8,7 +8,7 @@ use std::io::Read;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::{Version, header};
+use http::{HeaderName, Version, header};
 use pingora_core::protocols::http::ServerSession;
 use pingora_error::{ErrorType, Result};
 use pingora_http::ResponseHeader;
@@ -51,8 +51,8 @@ impl Downstream for Session {
         self.write_response_header(head, end).await
     }
 
-    async fn body(&mut self, piece: Bytes, end: bool) -> Result<()> {
-        self.write_response_body(Some(piece), end).await
+    fn body(&mut self, piece: Bytes, end: bool) -> impl Future<Output = Result<()>> + Send {
+        self.write_response_body(Some(piece), end)
     }
 }
 
@@ -66,8 +66,8 @@ impl Downstream for ServerSession {
         if end { self.finish_body().await } else { Ok(()) }
     }
 
-    async fn body(&mut self, piece: Bytes, end: bool) -> Result<()> {
-        self.write_response_body(piece, end).await
+    fn body(&mut self, piece: Bytes, end: bool) -> impl Future<Output = Result<()>> + Send {
+        self.write_response_body(piece, end)
     }
 }
 
@@ -104,7 +104,7 @@ pub(crate) fn is_clearly_framed(session: &ServerSession) -> bool {
 }
 
 /// A request header as text; `None` if it is missing or not ASCII.
-pub(super) fn header<'a>(session: &'a ServerSession, name: &str) -> Option<&'a str> {
+pub(super) fn header(session: &ServerSession, name: HeaderName) -> Option<&str> {
     session.get_header(name)?.to_str().ok()
 }
 
@@ -161,7 +161,8 @@ pub(super) async fn read_body(
     if !is_clearly_framed(session) {
         return Err(BodyError::Ambiguous);
     }
-    let announced = header(session, "content-length").and_then(|text| text.parse::<usize>().ok());
+    let announced =
+        header(session, header::CONTENT_LENGTH).and_then(|text| text.parse::<usize>().ok());
     if announced.is_some_and(|length| length > limits.max) {
         return Err(BodyError::TooLarge(limits.max));
     }
@@ -203,12 +204,11 @@ pub(super) async fn linger(session: &mut ServerSession) {
 
 /// Whether the client waits for `100 Continue` before it sends its body.
 fn expects_continue(session: &ServerSession) -> bool {
-    header(session, header::EXPECT.as_str())
-        .is_some_and(|value| value.eq_ignore_ascii_case("100-continue"))
+    header(session, header::EXPECT).is_some_and(|value| value.eq_ignore_ascii_case("100-continue"))
 }
 
 fn is_gzip(session: &ServerSession) -> Result<bool, BodyError> {
-    match header(session, header::CONTENT_ENCODING.as_str()) {
+    match header(session, header::CONTENT_ENCODING) {
         None => Ok(false),
         Some(name) if name.is_empty() || name.eq_ignore_ascii_case("identity") => Ok(false),
         Some(name) if name.eq_ignore_ascii_case("gzip") || name.eq_ignore_ascii_case("x-gzip") => {

@@ -358,7 +358,8 @@ impl Router {
         reply: Reply,
     ) -> Result<Outcome> {
         let status = reply.status;
-        let sent = reply.send(downstream, cx.request_id.as_str()).await;
+        // Boxed, or the future of every stream would have room for this.
+        let sent = Box::pin(reply.send(downstream, cx.request_id.as_str())).await;
         cx.sent(sent, status)
     }
 

@@ -11,7 +11,7 @@ use pingora_http::ResponseHeader;
 use super::downstream::{self, Downstream};
 use crate::client::head::ContentType;
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// A whole answer.
 #[derive(Clone, Debug)]

@@ -2,6 +2,7 @@
 //! behind. Knows nothing of the client's connection: when the client leaves, this future is dropped, and its guards
 //! cancel the workers and release the lease.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -300,7 +301,8 @@ impl<'a> Route<'a> {
     ) -> Result<Begun, Fault> {
         let head = worker.heads.get(self.request.api.target());
         let addresses = hop::addresses(worker);
-        let work = async {
+        // Pinned here: as an argument, it would be in that future twice.
+        let work = std::pin::pin!(async {
             let body = || {
                 *record = Record::Doubtful;
                 body.to_vec()
@@ -328,7 +330,7 @@ impl<'a> Route<'a> {
                 Ok(None) => Err(Fault::nonsense("an empty event stream")),
                 Err(error) => Err(Fault::broken(&error)),
             }
-        };
+        });
         self.patiently(worker, work).await
     }
 
@@ -337,10 +339,9 @@ impl<'a> Route<'a> {
     async fn patiently<T>(
         &self,
         worker: &Worker,
-        work: impl Future<Output = Result<T, Fault>>,
+        mut work: Pin<&mut impl Future<Output = Result<T, Fault>>>,
     ) -> Result<T, Fault> {
         let limit = self.config.routing.first_token_timeout.duration();
-        let mut work = std::pin::pin!(work);
         let mut wait = limit;
         loop {
             if let Ok(done) = timeout(wait, work.as_mut()).await {

@@ -12,7 +12,8 @@ use tokio::time::{Instant, Sleep};
 use super::downstream::Downstream;
 use crate::client::{ClientError, Exchange};
 
-/// The client is looked at after each wake that brought nothing from the worker, and at every event of this many.
+/// The client and the timer are looked at after each wake that brought nothing from the worker, and at every event of
+/// this many.
 const LOOK_EVERY: u32 = 16;
 
 /// How a stream ended.
@@ -57,10 +58,11 @@ pub(super) async fn forward(
     if downstream.body(first, false).await.is_err() {
         return End::ClientGone;
     }
-    for count in 0u32.. {
-        let look = count % LOOK_EVERY == 0;
-        let broken = match next(downstream, exchange, timer.as_mut(), look).await {
+    let mut unwatched = LOOK_EVERY;
+    loop {
+        let broken = match next(downstream, exchange, timer.as_mut(), &mut unwatched).await {
             Event::Piece(piece) => {
+                unwatched = unwatched.saturating_add(1);
                 last = Instant::now();
                 ends_event = piece.ends_with(b"\n\n");
                 if downstream.body(piece, false).await.is_err() {
@@ -71,6 +73,7 @@ pub(super) async fn forward(
             // The timer is only moved when it fires: cheaper than at every event.
             Event::Timer if Instant::now() < due(last) => {
                 timer.as_mut().reset(due(last));
+                unwatched = LOOK_EVERY;
                 continue;
             }
             Event::End => {
@@ -89,18 +92,17 @@ pub(super) async fn forward(
         let _ = downstream.body(event, false).await;
         return End::Broken(broken);
     }
-    End::Complete
 }
 
-/// The next thing that happens. A wake without bytes from the worker may come from the client, whose socket keeps
-/// our waker from the last look at it.
+/// The next thing that happens; `unwatched` counts events since the last look at client and timer. Both keep our waker
+/// from that look, so a wake without bytes from the worker may come from either.
 async fn next(
     downstream: &mut impl Downstream,
     exchange: &mut Exchange,
     mut timer: Pin<&mut Sleep>,
-    look: bool,
+    unwatched: &mut u32,
 ) -> Event {
-    let mut look = look;
+    let mut woken = false;
     poll_fn(|cx| {
         match exchange.poll_next(cx) {
             Poll::Ready(Ok(Some(piece))) => return Poll::Ready(Event::Piece(piece)),
@@ -108,16 +110,17 @@ async fn next(
             Poll::Ready(Err(error)) => return Poll::Ready(Event::Broken(error)),
             Poll::Pending => {}
         }
-        if timer.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Event::Timer);
-        }
-        if look {
+        if woken || *unwatched >= LOOK_EVERY {
+            *unwatched = 0;
+            if timer.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Event::Timer);
+            }
             let client = pin!(downstream.core().read_body_or_idle(true));
             if let Poll::Ready(Err(_)) = client.poll(cx) {
                 return Poll::Ready(Event::Gone);
             }
         }
-        look = true;
+        woken = true;
         Poll::Pending
     })
     .await

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
 /// Pieces below this many bytes are copied together; a write of its own costs more than the copy.
 const JOIN_BELOW: usize = 8 << 10;
@@ -24,10 +24,9 @@ pub fn join(pieces: Vec<Bytes>) -> Vec<Bytes> {
             continue;
         }
         let (small, behind) = rest.split_at(run);
-        let mut buffer = BytesMut::with_capacity(small.iter().map(Bytes::len).sum());
-        small.iter().for_each(|piece| buffer.extend_from_slice(piece));
-        if !buffer.is_empty() {
-            joined.push(buffer.freeze());
+        let small = small.concat();
+        if !small.is_empty() {
+            joined.push(small.into());
         }
         rest = behind;
     }
@@ -71,21 +70,25 @@ pub struct Members {
 impl Members {
     /// Of the object whose `{` is at `open` of the text; `empty` says that it has no member.
     pub fn of(open: usize, empty: bool) -> Self {
-        Self { edits: Vec::with_capacity(4), inserted: Vec::with_capacity(8), open, empty }
+        Self { edits: Vec::with_capacity(4), inserted: Vec::new(), open, empty }
     }
 
     /// Gives the member `name` (as written in JSON, with quotes and colon: `"stream":`) the value `value`:
     /// at every place in `found`, since parsers disagree which of two duplicates counts; a new member if none.
     pub fn set(&mut self, name: &'static str, found: &[Range<usize>], value: Vec<Bytes>) {
-        if found.is_empty() {
+        let Some((last, others)) = found.split_last() else {
+            if self.inserted.is_empty() {
+                self.inserted.reserve(value.len() + 8); // for two more
+            }
             self.inserted.push(Bytes::from_static(name.as_bytes()));
             self.inserted.extend(value);
             self.inserted.push(Bytes::from_static(b","));
             return;
-        }
-        for place in found {
+        };
+        for place in others {
             self.edits.push(Edit { at: place.clone(), with: value.clone() });
         }
+        self.edits.push(Edit { at: last.clone(), with: value });
     }
 
     /// The edits for [`splice`].

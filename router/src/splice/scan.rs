@@ -156,11 +156,15 @@ impl<'a> Cursor<'a> {
             return Err(ScanError::Unexpected(self.at));
         }
         let start = self.at + 1;
-        self.string()?;
-        let name = &self.text[start..self.at - 1];
-        if memchr(b'\\', name).is_some() {
+        // Names are short: not worth a call of `memchr`.
+        let rest = &self.text[start..];
+        let length = rest.iter().position(|byte| matches!(byte, b'"' | b'\\'));
+        let length = length.ok_or(ScanError::Truncated)?;
+        if rest[length] == b'\\' {
             return Err(ScanError::EscapedName(start));
         }
+        let name = &rest[..length];
+        self.at = start + length + 1;
         if self.peek()? != b':' {
             return Err(ScanError::Unexpected(self.at));
         }
