@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use memchr::{memchr, memchr3};
+use memchr::{memchr, memchr2, memchr3};
 
 /// Deepest nesting read; a strict parser's own limit is lower (128 in serde_json).
 const MAX_DEPTH: usize = 256;
@@ -156,10 +156,8 @@ impl<'a> Cursor<'a> {
             return Err(ScanError::Unexpected(self.at));
         }
         let start = self.at + 1;
-        // Names are short: not worth a call of `memchr`.
         let rest = &self.text[start..];
-        let length = rest.iter().position(|byte| matches!(byte, b'"' | b'\\'));
-        let length = length.ok_or(ScanError::Truncated)?;
+        let length = memchr2(b'"', b'\\', rest).ok_or(ScanError::Truncated)?;
         if rest[length] == b'\\' {
             return Err(ScanError::EscapedName(start));
         }
