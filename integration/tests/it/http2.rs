@@ -1,4 +1,5 @@
-//! Clients that speak HTTP/2 to a router that is told to stop: what it has begun, and what crosses its leave, is answered.
+//! Clients that speak HTTP/2: streams that are given up, and a router that is told to stop: what it has begun, and
+//! what crosses its leave, is answered.
 
 use std::time::Duration;
 
@@ -21,6 +22,23 @@ async fn ended_well(scene: Scene) {
     // Not by waiting for it alone: workers and connections live in this thread.
     let status = tokio::task::spawn_blocking(move || process.wait(STOP)).await.unwrap();
     assert!(status.unwrap().success());
+}
+
+#[tokio::test]
+async fn a_stream_that_its_client_gives_up_is_cancelled_and_the_others_go_on() {
+    let scene = scene_of(1, 1, 50, Table::new()).await;
+    scene.generations[0].behave(Behaviour::Pace(Duration::from_millis(20)));
+    let client = Http2::connect(scene.router.address).await.unwrap();
+    let stays = client.post(PATH, &ask_stream()).await.unwrap().await.unwrap();
+    let leaves = client.post(PATH, &ask_stream()).await.unwrap().await.unwrap();
+    drop(leaves);
+    eventually(PATIENCE, "the worker hears of it", || async {
+        (scene.generations[0].cancelled() == 1).then_some(())
+    })
+    .await;
+    assert_eq!(stays.events().await.unwrap().len(), 51);
+    assert_eq!(scene.settled().await.pulled, 2);
+    scene.stop();
 }
 
 #[tokio::test]
