@@ -1,4 +1,4 @@
-//! Clients that speak HTTP/2: streams that are given up, and a router that is told to stop: what it has begun, and
+//! Clients that speak HTTP/2: streams that break or are given up, and a router that is told to stop: what it has begun, and
 //! what crosses its leave, is answered.
 
 use std::time::Duration;
@@ -6,6 +6,7 @@ use std::time::Duration;
 use baton_integration::eventually::eventually;
 use baton_integration::http2::{Http2, Unanswered};
 use baton_integration::mock_worker::Behaviour;
+use h2::Reason;
 use tokio::task::JoinSet;
 use toml::Table;
 
@@ -22,6 +23,30 @@ async fn ended_well(scene: Scene) {
     // Not by waiting for it alone: workers and connections live in this thread.
     let status = tokio::task::spawn_blocking(move || process.wait(STOP)).await.unwrap();
     assert!(status.unwrap().success());
+}
+
+#[tokio::test]
+async fn a_stream_that_breaks_is_reset_with_an_error_and_its_connection_goes_on() {
+    let scene = scene(1, 1, Table::new()).await;
+    scene.generations[0].behave(Behaviour::BreakAfter(2));
+    let client = Http2::connect(scene.router.address).await.unwrap();
+    let mut stream = client.post(PATH, &ask_stream()).await.unwrap().await.unwrap();
+    let mut text = Vec::new();
+    let error = loop {
+        match stream.piece().await {
+            Ok(piece) => text.extend(piece.expect("it must not end well")),
+            Err(error) => break error.downcast::<h2::Error>().unwrap(),
+        }
+    };
+    // Not CANCEL, which would look like the client's own doing.
+    assert!(error.is_reset() && error.reason() == Some(Reason::INTERNAL_ERROR), "{error}");
+    let text = String::from_utf8(text).unwrap();
+    assert!(text.contains("generation_aborted") && !text.contains("[DONE]"), "{text}");
+    scene.generations[0].behave(Behaviour::Serve);
+    let answer = client.post(PATH, &ask()).await.unwrap().await.unwrap();
+    let answer = answer.whole().await.unwrap().ok().unwrap();
+    assert_eq!(answer["choices"][0]["text"], TEXT);
+    scene.stop();
 }
 
 #[tokio::test]
