@@ -205,3 +205,82 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Port<A> {
         drop(port);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use baton_shared::config::net::Listen;
+    use tokio::sync::Notify;
+
+    use super::*;
+    use crate::listen::Inherited;
+
+    /// Serves each connection until it is told to go on.
+    #[derive(Debug, Default)]
+    struct App {
+        serves: Notify,
+        go_on: Notify,
+        served: AtomicUsize,
+    }
+
+    #[async_trait]
+    impl ServerApp for App {
+        async fn process_new(self: &Arc<Self>, _: Stream, _: &ShutdownWatch) -> Option<Stream> {
+            self.serves.notify_one();
+            self.go_on.notified().await;
+            self.served.fetch_add(1, Ordering::SeqCst);
+            None
+        }
+    }
+
+    /// A port, and a connection to it that has brought these bytes.
+    fn scene(bytes: &[u8]) -> (Arc<Port<App>>, Stream, Arrivals, std::net::TcpStream) {
+        let socket = Bound::bind(&Listen::loopback(0), &mut Inherited::default()).unwrap();
+        let arrivals = Arrivals::default();
+        let port = Arc::new(arrivals.port(App::default(), &socket).unwrap());
+        let mut client = std::net::TcpStream::connect(socket.address.to_string()).unwrap();
+        client.write_all(bytes).unwrap();
+        (port, socket.accept().unwrap(), arrivals, client)
+    }
+
+    #[tokio::test]
+    async fn a_connection_counts_as_new_until_it_asks_and_one_of_http2_until_it_ends() {
+        let request = b"GET /version HTTP/1.1\r\nhost: r\r\n\r\n";
+        for (bytes, new, http2) in [(request.as_slice(), 1, 0), (HTTP2.as_slice(), 0, 1)] {
+            let (port, stream, arrivals, _client) = scene(bytes);
+            let (app, counts) = (Arc::clone(&port.app), &arrivals.counts);
+            let serving = tokio::spawn(async move {
+                port.process_new(stream, &watch::channel(false).1).await;
+            });
+            app.serves.notified().await;
+            assert_eq!((counts.new.count(), counts.http2.count()), (new, http2));
+            app.go_on.notify_one();
+            serving.await.unwrap();
+            assert_eq!((counts.new.count(), counts.http2.count()), (0, 0));
+            assert!(arrivals.parted().await);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_brings_nothing_is_closed_in_the_end() {
+        for bytes in [b"".as_slice(), b"GET"] {
+            let (port, stream, arrivals, _client) = scene(bytes);
+            let begun = tokio::time::Instant::now();
+            port.process_new(stream, &watch::channel(false).1).await;
+            assert!(begun.elapsed() >= FIRST_BYTES);
+            assert_eq!(
+                (arrivals.counts.new.count(), port.app.served.load(Ordering::SeqCst)),
+                (0, 0)
+            );
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drain_does_not_wait_for_ever_for_connections_that_stay() {
+        let arrivals = Arrivals::default();
+        let _stays = arrivals.counts.http2.admit(1);
+        assert!(!arrivals.parted().await);
+    }
+}

@@ -1,6 +1,7 @@
 //! The ready-made `ProxyHttp`: finds the route, hands completions to the engine, answers the rest itself.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use baton_shared::config::net::Endpoint;
@@ -20,6 +21,9 @@ use crate::engine::{Outcome, Reply, Router, RouterCtx, early};
 use crate::limits::Admitted;
 use crate::table::Phase;
 use crate::table::worker::Worker;
+
+/// How long an HTTP/2 connection has to write the end of an answer that broke off.
+const LAST_WORDS: Duration = Duration::from_millis(20);
 
 /// What an embedder may add; the defaults do nothing.
 pub trait Hooks: Send + Sync + 'static {
@@ -254,6 +258,10 @@ pub async fn fail(session: &mut Session, cx: &RouterCtx) -> FailToProxy {
             ErrorCode::Internal.status()
         }
         _ => {
+            if session.as_downstream().is_http2() {
+                // A reset would overtake what was said before.
+                tokio::time::sleep(LAST_WORDS).await;
+            }
             // HTTP/2: RST_STREAM with an error; just dropped, it would look like the client's own doing.
             session.as_downstream_mut().shutdown().await;
             0

@@ -1,10 +1,12 @@
-//! Clients that speak HTTP/2 to a router that is told to stop: what it has begun, and what crosses its leave, is answered.
+//! Clients that speak HTTP/2: streams that break or are given up, and a router that is told to stop: what it has begun, and
+//! what crosses its leave, is answered.
 
 use std::time::Duration;
 
 use baton_integration::eventually::eventually;
 use baton_integration::http2::{Http2, Unanswered};
 use baton_integration::mock_worker::Behaviour;
+use h2::Reason;
 use tokio::task::JoinSet;
 use toml::Table;
 
@@ -21,6 +23,47 @@ async fn ended_well(scene: Scene) {
     // Not by waiting for it alone: workers and connections live in this thread.
     let status = tokio::task::spawn_blocking(move || process.wait(STOP)).await.unwrap();
     assert!(status.unwrap().success());
+}
+
+#[tokio::test]
+async fn a_stream_that_breaks_is_reset_with_an_error_and_its_connection_goes_on() {
+    let scene = scene(1, 1, Table::new()).await;
+    scene.generations[0].behave(Behaviour::BreakAfter(2));
+    let client = Http2::connect(scene.router.address).await.unwrap();
+    let mut stream = client.post(PATH, &ask_stream()).await.unwrap().await.unwrap();
+    let mut text = Vec::new();
+    let error = loop {
+        match stream.piece().await {
+            Ok(piece) => text.extend(piece.expect("it must not end well")),
+            Err(error) => break error.downcast::<h2::Error>().unwrap(),
+        }
+    };
+    // Not CANCEL, which would look like the client's own doing.
+    assert!(error.is_reset() && error.reason() == Some(Reason::INTERNAL_ERROR), "{error}");
+    let text = String::from_utf8(text).unwrap();
+    assert!(text.contains("generation_aborted") && !text.contains("[DONE]"), "{text}");
+    scene.generations[0].behave(Behaviour::Serve);
+    let answer = client.post(PATH, &ask()).await.unwrap().await.unwrap();
+    let answer = answer.whole().await.unwrap().ok().unwrap();
+    assert_eq!(answer["choices"][0]["text"], TEXT);
+    scene.stop();
+}
+
+#[tokio::test]
+async fn a_stream_that_its_client_gives_up_is_cancelled_and_the_others_go_on() {
+    let scene = scene_of(1, 1, 50, Table::new()).await;
+    scene.generations[0].behave(Behaviour::Pace(Duration::from_millis(20)));
+    let client = Http2::connect(scene.router.address).await.unwrap();
+    let stays = client.post(PATH, &ask_stream()).await.unwrap().await.unwrap();
+    let leaves = client.post(PATH, &ask_stream()).await.unwrap().await.unwrap();
+    drop(leaves);
+    eventually(PATIENCE, "the worker hears of it", || async {
+        (scene.generations[0].cancelled() == 1).then_some(())
+    })
+    .await;
+    assert_eq!(stays.events().await.unwrap().len(), 51);
+    assert_eq!(scene.settled().await.pulled, 2);
+    scene.stop();
 }
 
 #[tokio::test]

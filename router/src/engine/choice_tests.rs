@@ -172,50 +172,76 @@ async fn prompts_that_begin_alike_meet_on_one_context_worker() {
     }
 }
 
-#[tokio::test]
-async fn a_worker_of_an_older_age_is_spoken_to_in_its_own_language() {
-    let strict = |known: &'static [&'static str], answer: fn(&Ask) -> Act| {
-        Scripted::start(move |_, ask| {
-            let params = ask.body["disaggregated_params"].as_object().unwrap();
-            match params.keys().find(|name| !known.contains(&name.as_str())) {
-                Some(name) => Act::Answer(
-                    400,
-                    json!({"object": "error", "message": format!("extra field {name}")}),
-                ),
-                None => answer(ask),
+/// A worker that refuses members of the protocol that it does not know, as TensorRT-LLM's do.
+async fn strict(known: Vec<&'static str>, answer: fn(&Ask) -> Act) -> Scripted {
+    Scripted::start(move |_, ask| {
+        let params = ask.body["disaggregated_params"].as_object().unwrap();
+        match params.keys().find(|name| !known.contains(&name.as_str())) {
+            Some(name) => {
+                let message = format!("extra field {name}");
+                Act::Answer(400, json!({"object": "error", "message": message}))
             }
-        })
-    };
-    const KNOWN: &[&str] = &[
+            None => answer(ask),
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn workers_of_an_older_age_are_spoken_to_in_their_own_language() {
+    const V12: [&str; 5] = [
         "request_type",
         "first_gen_tokens",
         "ctx_request_id",
         "encoded_opaque_state",
         "draft_tokens",
     ];
-    let context = strict(KNOWN, |_| {
+    const V13_EARLY: [&str; 4] =
+        ["disagg_request_id", "ctx_dp_rank", "ctx_info_endpoint", "schedule_style"];
+    fn passed(mut params: Value) -> Act {
+        params["request_type"] = json!("context_only");
+        params["encoded_opaque_state"] = json!("QQ==");
+        let choice = json!({"index": 0, "text": "A", "finish_reason": "length",
+            "disaggregated_params": params});
         Act::Answer(
             200,
-            json!({"id": "cmpl-1", "prompt_token_ids": [1, 2, 3], "choices": [{"index": 0, "text": "A",
-                "finish_reason": "length", "disaggregated_params": {"request_type": "context_only",
-                "first_gen_tokens": [65], "ctx_request_id": 5, "encoded_opaque_state": "QQ==", "draft_tokens": null}}]}),
+            json!({"id": "cmpl-1", "prompt_token_ids": [1, 2, 3], "choices": [choice],
+            "usage": {"prompt_tokens": 3}}),
         )
-    })
-    .await;
-    let generation = strict(KNOWN, served).await;
-    let old = |config: &mut RouterConfig| {
-        config.context.servers[0].dialect = DialectChoice::Trtllm12;
-        config.generation.servers[0].dialect = DialectChoice::Trtllm12;
-    };
-    let spoken = scene(&[&context], &[&generation], old).await;
-    assert_eq!(spoken.ask(&ask("hello")).await.status, 200);
-    let told = &generation.asks()[0].body["disaggregated_params"];
-    assert_eq!(
-        (&told["ctx_request_id"], &told["encoded_opaque_state"]),
-        (&json!(5), &json!("QQ=="))
-    );
+    }
+    fn passed_12(_: &Ask) -> Act {
+        passed(json!({"first_gen_tokens": [65], "ctx_request_id": 5, "draft_tokens": null}))
+    }
+    fn passed_13(ask: &Ask) -> Act {
+        let id = ask.id();
+        passed(json!({"first_gen_tokens": [65], "ctx_request_id": id, "draft_tokens": null,
+            "disagg_request_id": id, "ctx_dp_rank": 0, "ctx_info_endpoint": null, "schedule_style": 0}))
+    }
+    let early = [V12.as_slice(), &V13_EARLY].concat();
+    for (dialect, known, answer) in [
+        (DialectChoice::Trtllm12, V12.to_vec(), passed_12 as fn(&Ask) -> Act),
+        (DialectChoice::Trtllm13, early, passed_13),
+    ] {
+        let context = strict(known.clone(), answer).await;
+        let generation = strict(known, served).await;
+        let old = |config: &mut RouterConfig| {
+            config.context.servers[0].dialect = dialect;
+            config.generation.servers[0].dialect = dialect;
+        };
+        let spoken = scene(&[&context], &[&generation], old).await;
+        for stream in [false, true] {
+            let mut body = ask("hello");
+            body["stream"] = json!(stream);
+            assert_eq!(spoken.ask(&body).await.status, 200, "{dialect:?}");
+        }
+        let told = &generation.asks()[0].body["disaggregated_params"];
+        assert_eq!(told["encoded_opaque_state"], "QQ==");
+        let is_13 = dialect == DialectChoice::Trtllm13;
+        let id = if is_13 { json!(context.asks()[0].id()) } else { json!(5) };
+        assert_eq!(told["ctx_request_id"], id);
 
-    let misunderstood = scene(&[&context], &[&generation], |_| ()).await;
-    let read = misunderstood.ask(&ask("hello")).await;
-    assert_eq!(read.status, 400, "taken for main, the same worker refuses");
+        let misunderstood = scene(&[&context], &[&generation], |_| ()).await;
+        let read = misunderstood.ask(&ask("hello")).await;
+        assert_eq!(read.status, 400, "taken for main, the same workers refuse");
+    }
 }
