@@ -215,6 +215,8 @@ mod tests {
     use tokio::sync::Notify;
 
     use super::*;
+    use crate::config::{RouterConfig, ServerEntry};
+    use crate::heads::PREFACE;
     use crate::listen::Inherited;
 
     /// Serves each connection until it is told to go on.
@@ -239,7 +241,11 @@ mod tests {
     fn scene(bytes: &[u8]) -> (Arc<Port<App>>, Stream, Arrivals, std::net::TcpStream) {
         let socket = Bound::bind(&Listen::loopback(0), &mut Inherited::default()).unwrap();
         let arrivals = Arrivals::default();
-        let port = Arc::new(arrivals.port(App::default(), &socket).unwrap());
+        let mut config = RouterConfig::default();
+        config.context.servers = vec![ServerEntry::new("127.0.0.1:1".parse().unwrap())];
+        config.generation.servers = config.context.servers.clone();
+        let table = Arc::new(Table::new(config).unwrap());
+        let port = Arc::new(arrivals.port(App::default(), &socket, table).unwrap());
         let mut client = std::net::TcpStream::connect(socket.address.to_string()).unwrap();
         client.write_all(bytes).unwrap();
         (port, socket.accept().unwrap(), arrivals, client)
@@ -248,11 +254,13 @@ mod tests {
     #[tokio::test]
     async fn a_connection_counts_as_new_until_it_asks_and_one_of_http2_until_it_ends() {
         let request = b"GET /version HTTP/1.1\r\nhost: r\r\n\r\n";
-        for (bytes, new, http2) in [(request.as_slice(), 1, 0), (HTTP2.as_slice(), 0, 1)] {
+        for (bytes, new, http2) in [(request.as_slice(), 1, 0), (PREFACE, 0, 1)] {
             let (port, stream, arrivals, _client) = scene(bytes);
-            let (app, counts) = (Arc::clone(&port.app), &arrivals.counts);
+            let (service, counts) = (port.service.clone(), &arrivals.counts);
+            let app = Arc::clone(&service.app);
             let serving = tokio::spawn(async move {
-                port.process_new(stream, &watch::channel(false).1).await;
+                let connection = service.connection();
+                service.serve(stream, connection, &watch::channel(false).1).await;
             });
             app.serves.notified().await;
             assert_eq!((counts.new.count(), counts.http2.count()), (new, http2));
@@ -268,12 +276,12 @@ mod tests {
         for bytes in [b"".as_slice(), b"GET"] {
             let (port, stream, arrivals, _client) = scene(bytes);
             let begun = tokio::time::Instant::now();
-            port.process_new(stream, &watch::channel(false).1).await;
-            assert!(begun.elapsed() >= FIRST_BYTES);
-            assert_eq!(
-                (arrivals.counts.new.count(), port.app.served.load(Ordering::SeqCst)),
-                (0, 0)
-            );
+            let service = &port.service;
+            let limit = service.table.snapshot().config.limits.head_timeout.duration();
+            service.serve(stream, service.connection(), &watch::channel(false).1).await;
+            assert!(begun.elapsed() >= limit);
+            assert_eq!(service.app.served.load(Ordering::SeqCst), 0);
+            assert_eq!(arrivals.counts.new.count(), 0);
         }
     }
 
