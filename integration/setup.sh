@@ -99,8 +99,10 @@ wheel libclang 18.1.1 libclang-18.1.1-py2.py3-none-manylinux2010_x86_64.whl \
 link "$wheel" "$deps/libclang"
 link "$(gcc -print-file-name=include)" "$deps/include"
 
-if command -v cmake >/dev/null; then
-    link "$(command -v cmake)" "$deps/bin/cmake"
+# Not the link made below, for who has it in the path.
+found=$(command -v cmake || true)
+if [ -n "$found" ] && ! [ "$(dirname "$found")" -ef "$deps/bin" ]; then
+    link "$found" "$deps/bin/cmake"
 else
     wheel cmake 3.31.6 cmake-3.31.6-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl \
         1c8b05df0602365da91ee6a3336fe57525b137706c4ab5675498f662ae1dbcec
