@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use baton_integration::eventually::eventually;
-use baton_integration::http2::{Http2, Unanswered};
+use baton_integration::http2::{Http2, Stream, Unanswered};
 use baton_integration::mock_worker::Behaviour;
 use h2::Reason;
 use tokio::task::JoinSet;
@@ -23,6 +23,12 @@ async fn ended_well(scene: Scene) {
     // Not by waiting for it alone: workers and connections live in this thread.
     let status = tokio::task::spawn_blocking(move || process.wait(STOP)).await.unwrap();
     assert!(status.unwrap().success());
+}
+
+/// The text of a good answer.
+async fn text(answer: impl Future<Output = Result<Stream, Unanswered>>) -> String {
+    let answer = answer.await.unwrap().whole().await.unwrap().ok().unwrap();
+    answer["choices"][0]["text"].as_str().unwrap().to_owned()
 }
 
 #[tokio::test]
@@ -95,8 +101,7 @@ async fn a_connection_whose_router_drains_takes_no_new_request_and_a_new_one_is_
         match client.post(PATH, &ask()).await {
             // Between signal and leave requests are served.
             Ok(answer) => {
-                let answer = answer.await.unwrap().whole().await.unwrap().ok().unwrap();
-                assert!(answer["choices"][0]["text"].as_str().unwrap().starts_with(TEXT));
+                assert!(text(answer).await.starts_with(TEXT));
                 None
             }
             Err(Unanswered::Again(_)) => Some(()),
@@ -124,8 +129,7 @@ async fn requests_that_cross_the_leave_of_a_draining_router_are_answered() {
     scene.router.process.signal("TERM").unwrap();
     scene.router.process.signal("CONT").unwrap();
     for answer in waiting {
-        let answer = answer.await.unwrap().whole().await.unwrap().ok().unwrap();
-        assert_eq!(answer["choices"][0]["text"], TEXT);
+        assert_eq!(text(answer).await, TEXT);
     }
     client.ended().await.unwrap();
     ended_well(scene).await;
@@ -144,8 +148,7 @@ async fn connections_that_wait_to_be_accepted_when_a_drain_begins_are_served_ove
     scene.router.process.signal("TERM").unwrap();
     scene.router.process.signal("CONT").unwrap();
     for (client, answer) in waiting {
-        let answer = answer.await.unwrap().whole().await.unwrap().ok().unwrap();
-        assert_eq!(answer["choices"][0]["text"], TEXT);
+        assert_eq!(text(answer).await, TEXT);
         client.ended().await.unwrap();
     }
     ended_well(scene).await;

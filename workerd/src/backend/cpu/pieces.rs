@@ -23,7 +23,7 @@ pub unsafe trait Pieces: Sync {
     }
 
     /// How many pieces at the end of a share are so small that others do not help with them: to take one of a thread that
-    /// is at it costs both some 0.5 µs.
+    /// is at it costs some 1 µs.
     fn kept(&self) -> usize {
         0
     }
