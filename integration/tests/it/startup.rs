@@ -262,8 +262,9 @@ async fn the_commands_of_the_documentation_that_is_replaced_start_a_cluster() {
         .replace("8001", &ports[0].to_string())
         .replace("8003", &ports[1].to_string());
     let config = file(folder.path(), "disagg_config.yaml", &text);
-    let mut router =
-        Program::new("baton-router", "router", ["-c", &config]).spawn(folder.path()).unwrap();
+    // The file has no place for the admin port, whose default somebody else may use.
+    let args = ["-c", &config, "--admin-listen", "127.0.0.1:0"];
+    let mut router = Program::new("baton-router", "router", args).spawn(folder.path()).unwrap();
     let client = Client::new(([127, 0, 0, 1], ports[2]).into());
     ready(&mut router, client).await;
     let request = json!({"model": model.name, "prompt": "NVIDIA is a great company because",
