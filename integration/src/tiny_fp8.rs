@@ -22,7 +22,17 @@ pub enum TinyFp8 {
     ModelOptimizer,
     /// compressed-tensors': `quantization_config` in `config.json`, one bf16 scale a row.
     CompressedTensors,
+    /// As DeepSeek and Qwen publish: `quantization_config` in `config.json`, `weight_scale_inv` with one f32 scale a block.
+    Blocks,
 }
+
+impl TinyFp8 {
+    /// Each.
+    pub const ALL: [Self; 3] = [Self::ModelOptimizer, Self::CompressedTensors, Self::Blocks];
+}
+
+/// Rows and columns of a block: no matrix of a tiny model is made of whole ones.
+const BLOCK: [usize; 2] = [24, 40];
 
 struct Tensor {
     name: String,
@@ -48,10 +58,16 @@ impl TinyModel {
                 });
                 write_json(&folder.join("hf_quant_config.json"), &settings)?;
             }
-            TinyFp8::CompressedTensors => {
+            TinyFp8::CompressedTensors | TinyFp8::Blocks => {
                 let path = folder.join("config.json");
                 let mut config: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
-                config["quantization_config"] = compressed_tensors();
+                config["quantization_config"] = match kind {
+                    TinyFp8::Blocks => json!({
+                        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+                        "weight_block_size": BLOCK,
+                    }),
+                    _ => compressed_tensors(),
+                };
                 write_json(&path, &config)?;
             }
         }
@@ -99,13 +115,24 @@ fn put_fp8(tensors: &mut Vec<Tensor>, name: &str, matrix: &Matrix, kind: TinyFp8
         tensors.push(Tensor { name, dtype, shape: shape.to_vec(), bytes });
     };
     let scale = |values: &[f32]| values.iter().fold(0.0_f32, |most, x| most.max(x.abs())) / LARGEST;
-    let scales: Vec<f32> = match kind {
-        TinyFp8::ModelOptimizer => vec![scale(&matrix.values); matrix.rows],
-        TinyFp8::CompressedTensors => {
-            let of_row = |row| bf16::from_f32(scale(matrix.row(row))).to_f32();
-            (0..matrix.rows).map(of_row).collect()
+    // Of blocks of this shape.
+    let [height, width] = match kind {
+        TinyFp8::ModelOptimizer => [matrix.rows, matrix.cols],
+        TinyFp8::CompressedTensors => [1, matrix.cols],
+        TinyFp8::Blocks => BLOCK,
+    };
+    let grid = [matrix.rows.div_ceil(height), matrix.cols.div_ceil(width)];
+    let of_block = |at: usize| {
+        let (top, left) = (at / grid[1] * height, at % grid[1] * width);
+        let rows = (top..matrix.rows.min(top + height)).map(|row| matrix.row(row));
+        let values: Vec<f32> =
+            rows.flat_map(|row| &row[left..matrix.cols.min(left + width)]).copied().collect();
+        match kind {
+            TinyFp8::CompressedTensors => bf16::from_f32(scale(&values)).to_f32(),
+            TinyFp8::ModelOptimizer | TinyFp8::Blocks => scale(&values),
         }
     };
+    let scales: Vec<f32> = (0..grid[0] * grid[1]).map(of_block).collect();
     let one = |x: f32| x.to_le_bytes().to_vec();
     match kind {
         TinyFp8::ModelOptimizer => {
@@ -118,12 +145,17 @@ fn put_fp8(tensors: &mut Vec<Tensor>, name: &str, matrix: &Matrix, kind: TinyFp8
             }
         }
         TinyFp8::CompressedTensors => {
-            let shape = [matrix.rows, 1];
-            put(format!("{module}weight_scale"), Dtype::BF16, &shape, bf16s(&scales));
+            put(format!("{module}weight_scale"), Dtype::BF16, &grid, bf16s(&scales));
+        }
+        TinyFp8::Blocks => {
+            let bytes = scales.iter().flat_map(|x| one(*x)).collect();
+            put(format!("{module}weight_scale_inv"), Dtype::F32, &grid, bytes);
         }
     }
-    let rows = matrix.values.chunks_exact(matrix.cols).zip(&scales);
-    let bytes = rows.flat_map(|(row, scale)| row.iter().map(move |x| e4m3(x / scale)));
+    let bytes = matrix.values.iter().enumerate().map(|(at, x)| {
+        let (row, col) = (at / matrix.cols, at % matrix.cols);
+        e4m3(x / scales[row / height * grid[1] + col / width])
+    });
     put(name.to_owned(), Dtype::F8_E4M3, &[matrix.rows, matrix.cols], bytes.collect());
 }
 
@@ -166,12 +198,12 @@ mod tests {
     }
 
     #[test]
-    fn both_kinds_have_the_numbers_of_the_bf16_folder_but_for_their_rounding() {
+    fn all_kinds_have_the_numbers_of_the_bf16_folder_but_for_their_rounding() {
         let tiny = TinyModel::default();
         let folder = tempfile::tempdir().unwrap();
         tiny.write(folder.path()).unwrap();
         let expected = read_folder(folder.path()).unwrap();
-        for kind in [TinyFp8::ModelOptimizer, TinyFp8::CompressedTensors] {
+        for kind in TinyFp8::ALL {
             let folder = tempfile::tempdir().unwrap();
             tiny.write_fp8(folder.path(), kind).unwrap();
             let got = read_folder(folder.path()).unwrap();

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use baton_shared::text::gguf::Gguf;
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
 
 /// A matrix or, with one row, a vector.
 #[derive(Clone, Debug, PartialEq)]
@@ -113,7 +114,8 @@ impl GgufFile {
     }
 }
 
-/// All tensors of all `*.safetensors` of a folder; what has a `weight_scale` is multiplied by it.
+/// All tensors of all `*.safetensors` of a folder; what has a `weight_scale` or `weight_scale_inv` is
+/// multiplied by it, element by element, row by row or block by block.
 ///
 /// # Errors
 /// When a file cannot be read, or a tensor is not of type F32, F16, BF16 or F8_E4M3 or has more than two dimensions.
@@ -143,17 +145,38 @@ pub fn read_folder(folder: &Path) -> Result<BTreeMap<String, Matrix>> {
         }
     }
     ensure!(!all.is_empty(), "no `*.safetensors` in `{}`", folder.display());
-    let scaled: Vec<String> =
-        all.keys().filter_map(|name| Some(name.strip_suffix("_scale")?.to_owned())).collect();
-    for name in scaled.iter().filter(|name| name.ends_with(".weight")) {
-        let scales = all[&format!("{name}_scale")].values.clone();
-        let matrix = all.get_mut(name).with_context(|| format!("no tensor `{name}`"))?;
-        ensure!([1, matrix.rows].contains(&scales.len()), "{} scales of `{name}`", scales.len());
-        for (row, values) in matrix.values.chunks_mut(matrix.cols).enumerate() {
-            values.iter_mut().for_each(|x| *x *= scales[row % scales.len()]);
+    let block = block_size(folder)?;
+    let scaled = |name: &String| {
+        let of = name.strip_suffix("_scale").or_else(|| name.strip_suffix("_scale_inv"))?;
+        of.ends_with(".weight").then(|| (of.to_owned(), name.clone()))
+    };
+    for (name, scales) in all.keys().filter_map(scaled).collect::<Vec<_>>() {
+        let scales = all[&scales].clone();
+        let matrix = all.get_mut(&name).with_context(|| format!("no tensor `{name}`"))?;
+        let (rows, cols) = (matrix.rows, matrix.cols);
+        let [height, width] = match (scales.values.len(), block) {
+            (1, _) => [rows, cols],
+            (n, _) if n == rows => [1, cols],
+            (n, Some([height, width])) if n == rows.div_ceil(height) * cols.div_ceil(width) => {
+                [height, width]
+            }
+            (n, _) => bail!("{n} scales of `{name}`"),
+        };
+        for (at, x) in matrix.values.iter_mut().enumerate() {
+            let (down, across) = (at / cols / height, at % cols / width);
+            *x *= scales.values[down * cols.div_ceil(width) + across];
         }
     }
     Ok(all)
+}
+
+/// Rows and columns of a block that has an FP8 scale of its own, as `config.json` says.
+fn block_size(folder: &Path) -> Result<Option<[usize; 2]>> {
+    let path = folder.join("config.json");
+    let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
+    let config: Value = serde_json::from_slice(&text)?;
+    let size = &config["quantization_config"]["weight_block_size"];
+    Ok(serde_json::from_value(size.clone())?)
 }
 
 /// What a byte of F8_E4M3 means; 0x7f and 0xff mean no number.

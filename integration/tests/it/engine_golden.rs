@@ -186,7 +186,7 @@ fn tiny_checkpoints_of_every_type_say_what_the_oracle_says() {
 
 #[test]
 fn fp8_checkpoints_say_what_the_oracle_says() {
-    for kind in [TinyFp8::ModelOptimizer, TinyFp8::CompressedTensors] {
+    for kind in TinyFp8::ALL {
         let folder = tempfile::tempdir().unwrap();
         TinyModel::default().write_fp8(folder.path(), kind).unwrap();
         let mut engine = Engine::new(folder.path(), Simd::Auto);

@@ -7,7 +7,7 @@ use baton_shared::kv::layout::KvLayout;
 use super::cpu::kernels::LANES;
 use super::{BackendError, Caps, StepTicket};
 use crate::engine::step::{Input, Slot, StepPlan, StepSeq};
-use crate::model::{Layer, Model, ModelSpec, Scales, Weight};
+use crate::model::{Blocks, Layer, Model, ModelSpec, Scales, Weight};
 
 /// Whether all shapes agree and are multiples of what the kernels take.
 ///
@@ -102,10 +102,16 @@ fn matrix(name: &str, weight: &Weight, rows: usize, cols: usize) -> Result<(), S
     if weight.bytes.len() != rows * weight.dtype.row_bytes(cols) {
         return Err(format!("`{name}` has {} bytes", weight.bytes.len()));
     }
-    if let Scales::Rows(scales) = &weight.scales
-        && scales.len() != rows
-    {
-        return Err(format!("`{name}` has {} scales, not {rows}", scales.len()));
+    let (found, expected) = match &weight.scales {
+        Scales::One | Scales::Tensor(_) => (1, 1),
+        Scales::Rows(scales) => (scales.len(), rows),
+        Scales::Blocks(blocks) if blocks.shape.contains(&0) => (blocks.scales.len(), 0),
+        Scales::Blocks(blocks) => {
+            (blocks.scales.len(), Blocks::grid(blocks.shape, rows, cols).iter().product())
+        }
+    };
+    if found != expected {
+        return Err(format!("`{name}` has {found} scales, not {expected}"));
     }
     Ok(())
 }

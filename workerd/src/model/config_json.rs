@@ -11,7 +11,7 @@ use super::ModelSpec;
 use super::architecture::Architecture;
 use super::error::ModelError;
 use super::members::Members;
-use super::quantization;
+use super::quantization::{self, BlockShape};
 use super::rope::Llama3;
 
 /// The window of a Mistral whose file does not say: its class's default.
@@ -24,6 +24,8 @@ pub struct Config {
     pub spec: ModelSpec,
     /// The embedding is the head too.
     pub tied: bool,
+    /// What has a scale of its own in FP8 matrices, where it is blocks.
+    pub blocks: Option<BlockShape>,
 }
 
 /// Reads `config.json`, and the end-of-text ids of `generation_config.json` where there is one.
@@ -34,7 +36,7 @@ pub fn read(folder: &Path) -> Result<Config, ModelError> {
     let config = Members::read(folder.join("config.json"))?;
     let (class, architecture) = class(&config)?;
     check_supported(&config, architecture)?;
-    quantization::check(folder, &config)?;
+    let blocks = quantization::check(folder, &config)?;
     let heads = config.need("num_attention_heads")?;
     let hidden = config.need("hidden_size")?;
     let head_dim = match config.number("head_dim")? {
@@ -76,7 +78,7 @@ pub fn read(folder: &Path) -> Result<Config, ModelError> {
         eos_ids,
     };
     spec.check().map_err(|(key, rule)| config.refuse(key, rule))?;
-    Ok(Config { spec, tied: config.flag("tie_word_embeddings")? })
+    Ok(Config { spec, tied: config.flag("tie_word_embeddings")?, blocks })
 }
 
 fn class(config: &Members) -> Result<(String, Architecture), ModelError> {

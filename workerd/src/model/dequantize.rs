@@ -1,6 +1,6 @@
 //! Stored rows as f32: what a weight *means*, one element at a time. Kernels are the back ends' business.
 //!
-//! F8_E4M3 is a number of 8 bits ([`E4M3`]), times a scale of the whole matrix or of its row. Quantised types as GGUF has
+//! F8_E4M3 is a number of 8 bits ([`E4M3`]), times a scale of the whole matrix, of its row or of its block. Quantised types as GGUF has
 //! them. An element is `scale * (code - offset)` or `scale * code + minimum`; codes are
 //! 4 to 8 bits:
 //!
@@ -41,8 +41,9 @@ pub fn dequantize(weight: &Weight, row: usize) -> Vec<f32> {
             bytes.as_chunks::<2>().0.iter().map(|w| bf16::from_le_bytes(*w).to_f32()).collect()
         }
         WeightType::F8E4M3 => {
-            let scale = weight.scales.of_row(row);
-            bytes.iter().map(|byte| E4M3[usize::from(*byte)] * scale).collect()
+            let mut values: Vec<_> = bytes.iter().map(|byte| E4M3[usize::from(*byte)]).collect();
+            weight.scales.apply(row, &mut values);
+            values
         }
         dtype => (0..weight.cols / GROUP).flat_map(|at| group(dtype, bytes, at)).collect(),
     }
@@ -163,7 +164,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::model::Scales;
+    use crate::model::{Blocks, Scales};
 
     fn row(dtype: WeightType, cols: usize, bytes: Vec<u8>) -> Vec<f32> {
         let scales = Scales::One;
@@ -240,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn e4m3_is_scaled_as_a_whole_or_row_by_row() {
+    fn e4m3_is_scaled_as_a_whole_row_by_row_or_block_by_block() {
         let weight = |scales| Weight {
             dtype: WeightType::F8E4M3,
             rows: 2,
@@ -256,6 +257,15 @@ mod tests {
         assert_eq!(rows(Scales::Tensor(0.25)), [vec![0.25, -0.25], vec![0.5, 112.0]]);
         let scales = Scales::Rows(Arc::new(vec![0.5, 3.0]));
         assert_eq!(rows(scales), [vec![0.5, -0.5], vec![6.0, 1344.0]]);
+        let blocks = |shape, scales: &[f32]| {
+            Scales::Blocks(Blocks { shape, scales: Arc::new(scales.to_vec()) })
+        };
+        let each = blocks([1, 1], &[0.5, 2.0, 3.0, 0.25]);
+        assert_eq!(rows(each), [vec![0.5, -2.0], vec![6.0, 112.0]]);
+        // Cut short by the matrix's end.
+        let upright = blocks([128, 1], &[0.5, 2.0]);
+        assert_eq!(rows(upright), [vec![0.5, -2.0], vec![1.0, 896.0]]);
+        assert_eq!(rows(blocks([128, 128], &[2.0])), [vec![2.0, -2.0], vec![4.0, 896.0]]);
     }
 
     #[test]

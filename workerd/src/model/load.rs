@@ -12,6 +12,7 @@ use baton_shared::text::gguf::Gguf;
 
 use super::error::ModelError;
 use super::progress::Progress;
+use super::quantization::BlockShape;
 use super::tensors::Tensors;
 use super::{Layer, Model, ModelSpec, Source, Weight, config_json, gguf, safetensors, scales};
 
@@ -83,6 +84,8 @@ pub struct ModelFiles {
     tensors: Tensors,
     names: &'static Names,
     own_head: bool,
+    /// What has a scale of its own in FP8 matrices, where it is blocks.
+    blocks: Option<BlockShape>,
     header: Option<Gguf>,
     progress: Progress,
 }
@@ -100,12 +103,13 @@ pub fn open(path: &Path) -> Result<ModelFiles, ModelError> {
         if config.tied {
             tensors.skip(HUGGING_FACE.head);
             tensors.skip(&format!("{}_scale", HUGGING_FACE.head));
+            tensors.skip(&format!("{}_scale_inv", HUGGING_FACE.head));
         }
         scales::skip_unused(&mut tensors);
         for i in 0..config.spec.layers {
             tensors.skip(&format!("{}.{i}.{ROPE_TABLE}", HUGGING_FACE.layer));
         }
-        ModelFiles::new(config.spec, tensors, &HUGGING_FACE, !config.tied, None)?
+        ModelFiles::new(config.spec, tensors, &HUGGING_FACE, !config.tied, config.blocks, None)?
     } else if path.extension().is_some_and(|e| e == "gguf") {
         let (mut spec, mut tensors, header) = gguf::open(path)?;
         if tensors.contains(ROPE_FACTORS) {
@@ -114,7 +118,7 @@ pub fn open(path: &Path) -> Result<ModelFiles, ModelError> {
             spec.check().map_err(|(_, rule)| ModelError::tensor(path, ROPE_FACTORS, rule))?;
         }
         let own_head = tensors.contains(GGUF.head);
-        ModelFiles::new(spec, tensors, &GGUF, own_head, Some(header))?
+        ModelFiles::new(spec, tensors, &GGUF, own_head, None, Some(header))?
     } else {
         let rule = "is neither a `.gguf` file nor a folder with `config.json` and `*.safetensors`";
         return Err(ModelError::file(path, rule));
@@ -154,11 +158,12 @@ impl ModelFiles {
         mut tensors: Tensors,
         names: &'static Names,
         own_head: bool,
+        blocks: Option<BlockShape>,
         header: Option<Gguf>,
     ) -> Result<Self, ModelError> {
         for (name, shape) in names.expected(&spec, own_head) {
             tensors.check(&name, &shape)?;
-            scales::read(&mut tensors, &name)?;
+            scales::read(&mut tensors, &name, blocks)?;
             tensors.skip(&name);
         }
         if let Some((name, path)) = tensors.leftover() {
@@ -166,7 +171,7 @@ impl ModelFiles {
             return Err(ModelError::tensor(path, name, rule));
         }
         let progress = Progress::new("loading", tensors.bytes(), 0);
-        Ok(Self { spec, tensors, names, own_head, header, progress })
+        Ok(Self { spec, tensors, names, own_head, blocks, header, progress })
     }
 
     /// The header of a GGUF file.
@@ -185,7 +190,7 @@ impl ModelFiles {
     fn matrix(&mut self, name: &str, rows: u64, cols: u64) -> Result<Weight, ModelError> {
         let weight = self.tensors.matrix(name, rows, cols)?;
         self.progress.add(weight.bytes.len() as u64);
-        Ok(Weight { scales: scales::read(&mut self.tensors, name)?, ..weight })
+        Ok(Weight { scales: scales::read(&mut self.tensors, name, self.blocks)?, ..weight })
     }
 
     /// Rows that RoPE turns.

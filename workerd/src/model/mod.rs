@@ -104,6 +104,24 @@ pub enum Scales {
     Tensor(f32),
     /// Each row by its own; as many as the weight has rows.
     Rows(Arc<Vec<f32>>),
+    /// Each block by its own.
+    Blocks(Blocks),
+}
+
+/// Scales of blocks, which begin at the matrix's first element; those at its end may be cut short.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Blocks {
+    /// Rows and columns of a block.
+    pub shape: [usize; 2],
+    /// Row-major.
+    pub scales: Arc<Vec<f32>>,
+}
+
+impl Blocks {
+    /// Scales of a matrix of this shape, down and across.
+    pub fn grid(shape: [usize; 2], rows: usize, cols: usize) -> [usize; 2] {
+        [rows.div_ceil(shape[0]), cols.div_ceil(shape[1])]
+    }
 }
 
 /// A matrix as stored: `rows` outputs, each of `cols` inputs, row-major.
@@ -218,15 +236,21 @@ impl Source for &Model {
 }
 
 impl Scales {
-    /// What the elements of a row are multiplied by.
+    /// Multiplies the elements of a row.
     ///
     /// # Panics
-    /// When there are scales of rows, but none of this one.
-    pub fn of_row(&self, row: usize) -> f32 {
+    /// When there are scales of rows or blocks, but none of this one.
+    pub fn apply(&self, row: usize, values: &mut [f32]) {
+        let by = |values: &mut [f32], scale: f32| values.iter_mut().for_each(|x| *x *= scale);
         match self {
-            Self::One => 1.0,
-            Self::Tensor(scale) => *scale,
-            Self::Rows(scales) => scales[row],
+            Self::One => {}
+            Self::Tensor(scale) => by(values, *scale),
+            Self::Rows(scales) => by(values, scales[row]),
+            Self::Blocks(Blocks { shape: [height, width], scales }) => {
+                let across = values.len().div_ceil(*width);
+                let scales = &scales[row / height * across..][..across];
+                values.chunks_mut(*width).zip(scales).for_each(|(part, scale)| by(part, *scale));
+            }
         }
     }
 }

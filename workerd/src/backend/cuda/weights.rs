@@ -185,8 +185,8 @@ fn in_turn(gpu: &Arc<dyn Gpu>, gate: &Weight, up: &Weight) -> Result<Matrix, Gpu
     Ok(Matrix { buffer, format, n: 2 * gate.rows as u32, k: gate.cols as u32 })
 }
 
-/// One byte where all parts have it and rows are whole slices of the kernels', with a scale for each row in the order of
-/// rows that `arrange` makes of the parts'; else bf16.
+/// One byte where all parts have it, with a scale for all or for each row, and rows are whole slices of the kernels'; with
+/// a scale for each row in the order of rows that `arrange` makes of the parts'. Else bf16.
 fn format(
     gpu: &Arc<dyn Gpu>,
     parts: &[&Weight],
@@ -194,18 +194,18 @@ fn format(
 ) -> Result<Format, GpuError> {
     let is_narrow =
         |part: &&Weight| part.dtype == WeightType::F8E4M3 && part.cols.is_multiple_of(NARROW_SLICE);
-    if !parts.iter().all(is_narrow) {
-        return Ok(Format::Bf16);
+    let scales = |part: &&Weight| match &part.scales {
+        Scales::One => Some(vec![1.0; part.rows]),
+        Scales::Tensor(scale) => Some(vec![*scale; part.rows]),
+        Scales::Rows(scales) => Some(scales.to_vec()),
+        Scales::Blocks(_) => None,
+    };
+    let narrow: Option<Vec<_>> =
+        parts.iter().map(|part| scales(part).filter(|_| is_narrow(part))).collect();
+    match narrow {
+        Some(scales) => Ok(Format::F8(floats(gpu, &arrange(&scales))?)),
+        None => Ok(Format::Bf16),
     }
-    let scales: Vec<Vec<f32>> = parts
-        .iter()
-        .map(|part| match &part.scales {
-            Scales::One => vec![1.0; part.rows],
-            Scales::Tensor(scale) => vec![*scale; part.rows],
-            Scales::Rows(scales) => scales.to_vec(),
-        })
-        .collect();
-    Ok(Format::F8(floats(gpu, &arrange(&scales))?))
 }
 
 fn element_bytes(format: &Format) -> usize {

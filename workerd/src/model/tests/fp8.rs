@@ -1,5 +1,7 @@
 //! FP8 folders: which are read with which scales, and how each that is not is named.
 
+use std::collections::BTreeMap;
+
 use super::*;
 
 type Tensor = (String, Dtype, Vec<usize>, Vec<u8>);
@@ -96,6 +98,55 @@ fn each_row_may_have_its_scale_in_any_float_type() {
 }
 
 #[test]
+fn each_block_may_have_its_scale_under_either_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let fp8 = json!({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [24, 40]});
+    let group = |shape: Value| {
+        json!({"quant_method": "compressed-tensors", "format": "float-quantized",
+            "config_groups": {"group_0": {"weights": {"type": "float", "num_bits": 8,
+                "strategy": "block", "block_structure": shape, "dynamic": false}}}})
+    };
+    for (quantization, end) in [(fp8, "_inv"), (group(json!([24, 40])), "")] {
+        let mut config = config();
+        config["quantization_config"] = quantization;
+        let mut all = tensors(one_scale);
+        let shapes: BTreeMap<String, Vec<usize>> = hf_tensors().into_iter().collect();
+        for (name, _, shape, bytes) in &mut all {
+            let Some(matrix) = name.strip_suffix("_scale").map(|name| &shapes[name]) else {
+                continue;
+            };
+            *shape = vec![matrix[0].div_ceil(24), matrix[1].div_ceil(40)];
+            *bytes =
+                (0..shape[0] * shape[1]).flat_map(|at| (1.0 + at as f32).to_le_bytes()).collect();
+            name.push_str(end);
+        }
+        write(folder.path(), &config, &all);
+        let down = &load(folder.path()).unwrap().layers[0].down;
+        let across = down.cols.div_ceil(40);
+        let Scales::Blocks(blocks) = &down.scales else { panic!("{:?}", down.scales) };
+        assert_eq!(
+            (blocks.shape, blocks.scales.len()),
+            ([24, 40], down.rows.div_ceil(24) * across)
+        );
+        let (row, col) = (down.rows - 1, down.cols - 1);
+        let byte = down.bytes[row * down.cols + col];
+        let scale = 1.0 + (row / 24 * across + col / 40) as f32;
+        assert_eq!(dequantize(down, row)[col], scale * dequantize::E4M3[usize::from(byte)]);
+        // Where nobody says how large blocks are, such scales mean nothing.
+        write(folder.path(), &super::config(), &all);
+        let e = refusal(folder.path());
+        assert!(e.contains("has shape [2, ") && e.contains("expected [], [1]"), "{e}");
+    }
+    let mut two = group(json!([24, 40]));
+    two["config_groups"]["group_1"] = group(json!([8, 8]))["config_groups"]["group_0"].clone();
+    let mut config = config();
+    config["quantization_config"] = two;
+    write(folder.path(), &config, &tensors(one_scale));
+    let e = refusal(folder.path());
+    assert!(e.contains("group_1.weights.block_structure` is [8,8], must be the same"), "{e}");
+}
+
+#[test]
 fn a_scale_that_is_missing_misshapen_or_no_scale_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let name = "model.layers.1.self_attn.o_proj.weight";
@@ -117,7 +168,12 @@ fn a_scale_that_is_missing_misshapen_or_no_scale_is_named() {
         let at = at(all, &scale);
         all[at] = (format!("{name}_scale_inv"), Dtype::F32, vec![1, 1], vec![0; 4]);
     });
-    assert!(e.contains(&format!("`{name}` has scales of blocks (`{name}_scale_inv`)")), "{e}");
+    assert!(e.contains(&format!("`{scale}_inv` has 0 at element 0, a scale is above 0")), "{e}");
+    let e = refusal_with(&|all| {
+        let at = at(all, &scale);
+        all[at] = (format!("{name}_scale_inv"), Dtype::F32, vec![2, 2], vec![0; 16]);
+    });
+    assert!(e.contains(&format!("`{scale}_inv` has shape [2, 2], expected [], [1]")), "{e}");
     for (number, rule) in [
         (f32::NAN, "has NaN at element 0"),
         (f32::INFINITY, "has inf at element 0"),
@@ -156,8 +212,12 @@ fn a_quantisation_that_is_not_fp8_is_refused_by_file_member_and_value() {
         (json!({"quant_method": "awq"}), "quant_method` is `awq`"),
         (json!({"quant_method": "modelopt", "quant_algo": "NVFP4"}), "quant_algo` is \"NVFP4\""),
         (
-            json!({"quant_method": "fp8", "weight_block_size": [128, 128]}),
-            "weight_block_size` is [128,128]",
+            json!({"quant_method": "fp8", "weight_block_size": [128, 0]}),
+            "weight_block_size` is [128,0], must be two numbers",
+        ),
+        (
+            json!({"quant_method": "fp8", "weight_block_size": 128}),
+            "weight_block_size` is 128, must be two numbers",
         ),
         (json!({"quant_method": "fp8", "fmt": "e5m2"}), "fmt` is \"e5m2\""),
         (
@@ -182,8 +242,12 @@ fn a_quantisation_that_is_not_fp8_is_refused_by_file_member_and_value() {
             "config_groups.group_0.weights.num_bits` is 4",
         ),
         (
+            group(json!({"type": "float", "num_bits": 8, "strategy": "group"})),
+            "config_groups.group_0.weights.strategy` is \"group\"",
+        ),
+        (
             group(json!({"type": "float", "num_bits": 8, "strategy": "block"})),
-            "config_groups.group_0.weights.strategy` is \"block\"",
+            "config_groups.group_0.weights.block_structure` is null, must be the same",
         ),
     ];
     for (value, rule) in cases {
@@ -192,7 +256,8 @@ fn a_quantisation_that_is_not_fp8_is_refused_by_file_member_and_value() {
         write(folder.path(), &config, &tensors(one_scale));
         let e = refusal(folder.path());
         let begin = format!("config.json`: `quantization_config.{rule}");
-        assert!(e.contains(&begin) && e.contains("FP8 (e4m3)"), "{e}");
+        assert!(e.contains(&begin), "{e}");
+        assert!(e.contains("FP8 (e4m3)") || e.contains("must be"), "{e}");
     }
     write(folder.path(), &config(), &tensors(one_scale));
     for (quantization, rule) in [
