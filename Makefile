@@ -3,7 +3,7 @@
 CARGO_TEST = cargo test --release --workspace
 ARGS ?=
 
-.PHONY: run test test-long test-gpu bench bench-setup fuzz kernels setup optional-models build clean gpu-bundle gpu-check
+.PHONY: run test test-long test-gpu bench bench-setup fuzz kernels setup optional-models build clean gpu-bundle gpu-check packaged deb tarball
 
 ## Two context workers, a generation worker and the router with a real model; prints an answer, stays up.
 run: build
@@ -53,6 +53,21 @@ gpu-bundle: build
 ## The same, and runs it here. ARGS="--parts numbers,steps" for a part. Exit code 3: there is no GPU.
 gpu-check: gpu-bundle
 	@target/gpu-bundle/gpu-check $(ARGS)
+
+## Debian packages, into target/dist; needs dpkg-dev. PROFILE=release for the binaries of `make build`, REVISION=2 for the next.
+## QUICK=1 for little compression.
+deb: packaged
+	@PROFILE=$(PROFILE) integration/packages/build.sh deb
+
+## One archive that runs wherever it is unpacked, into target/dist; needs zstd. The same variables.
+tarball: packaged
+	@PROFILE=$(PROFILE) integration/packages/build.sh tarball
+
+# The binaries that are shipped, and what makes their manuals.
+PROFILE ?= dist
+packaged: setup
+	@cargo build --release --workspace --bin manuals
+	@cargo build --profile $(PROFILE) --workspace --bin baton-router --bin baton-workerd --bin baton-up --bin baton-client
 
 ## What a build and a run need beyond the toolchain, into .deps.
 setup:

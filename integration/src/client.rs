@@ -14,13 +14,14 @@ use tokio::task::JoinHandle;
 
 use crate::at::At;
 
-/// No answer takes longer.
+/// No answer takes longer, nor does a piece of a stream.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Talks to one address.
 #[derive(Clone, Copy, Debug)]
 pub struct Client {
     address: At,
+    patience: Duration,
 }
 
 /// A whole answer.
@@ -43,6 +44,7 @@ pub struct Stream {
     pub headers: HeaderMap,
     body: Incoming,
     buffer: Vec<u8>,
+    patience: Duration,
     connection: Connection,
 }
 
@@ -64,7 +66,12 @@ impl Client {
 
     /// To an address of either kind.
     pub fn at(address: At) -> Self {
-        Self { address }
+        Self { address, patience: PATIENCE }
+    }
+
+    /// The same, waiting this long for an answer or a piece of a stream.
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
     }
 
     /// GET.
@@ -121,10 +128,11 @@ impl Client {
             let answer = sender.send_request(request.body(Full::new(body))?).await?;
             let (head, body) = answer.into_parts();
             let (status, headers) = (head.status.as_u16(), head.headers);
-            anyhow::Ok(Stream { status, headers, body, buffer: Vec::new(), connection })
+            let (buffer, patience) = (Vec::new(), self.patience);
+            anyhow::Ok(Stream { status, headers, body, buffer, patience, connection })
         };
-        let late = || format!("no answer from {} to {path} in {PATIENCE:?}", self.address);
-        tokio::time::timeout(PATIENCE, exchange).await.with_context(late)?
+        let late = || format!("no answer from {} to {path} in {:?}", self.address, self.patience);
+        tokio::time::timeout(self.patience, exchange).await.with_context(late)?
     }
 }
 
@@ -166,9 +174,9 @@ impl Stream {
     /// # Errors
     /// If the body is cut off.
     pub async fn whole(self) -> Result<Answer> {
-        let Self { status, headers, body, connection, .. } = self;
+        let Self { status, headers, body, patience, connection, .. } = self;
         let body =
-            tokio::time::timeout(PATIENCE, body.collect()).await.context("rest of body")??;
+            tokio::time::timeout(patience, body.collect()).await.context("rest of body")??;
         drop(connection);
         Ok(Answer { status, headers, body: body.to_bytes() })
     }
@@ -179,7 +187,7 @@ impl Stream {
     /// If the body is cut off.
     pub async fn piece(&mut self) -> Result<Option<Bytes>> {
         loop {
-            let frame = tokio::time::timeout(PATIENCE, self.body.frame()).await;
+            let frame = tokio::time::timeout(self.patience, self.body.frame()).await;
             match frame.context("next event")? {
                 Some(frame) => {
                     if let Ok(piece) = frame?.into_data() {

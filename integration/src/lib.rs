@@ -1,9 +1,10 @@
 //! The harness of Baton's end-to-end tests: real binaries as processes, a client that asserts the protocol's shape,
-//! and things that go wrong on purpose. Its binary `baton-up` is shipped.
+//! and things that go wrong on purpose. Its binaries `baton-up` and `baton-client` are shipped.
 //!
 //! Reading order: [`process`] starts one binary, [`cluster`] a whole set of them, [`client`] talks to it.
 
 pub mod at;
+pub mod cli;
 pub mod client;
 pub mod cluster;
 pub mod eventually;

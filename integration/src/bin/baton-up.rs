@@ -4,11 +4,12 @@
 //! for each worker (`name` names it in the logs).
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use baton_integration::cli::Up;
 use baton_integration::cluster::{Cluster, Plan};
 use baton_integration::scrape::Metrics;
 use clap::Parser;
@@ -23,25 +24,8 @@ const STOP: Duration = Duration::from_secs(90);
 /// Bad configuration.
 const CONFIG: u8 = 78;
 
-/// Starts a local cluster from one file.
-#[derive(Parser)]
-#[command(version)]
-struct Cli {
-    /// Cluster file (`config/cluster.toml` is one).
-    file: PathBuf,
-    /// Send a request when ready, print its answer and who did what.
-    #[arg(long = "try")]
-    try_it: bool,
-    /// End after the answer (with `--try`) or as soon as the cluster is ready.
-    #[arg(long)]
-    once: bool,
-    /// Folder for logs and configurations [default: a new one in the system's temporary folder].
-    #[arg(long)]
-    logs: Option<PathBuf>,
-}
-
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Up::parse();
     let plan = match read(&cli.file) {
         Ok(plan) => plan,
         Err(error) => return fail(&error, CONFIG),
@@ -103,7 +87,7 @@ fn read(file: &Path) -> Result<Plan> {
     Ok(plan)
 }
 
-async fn run(cli: &Cli, plan: &Plan) -> Result<()> {
+async fn run(cli: &Up, plan: &Plan) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let folder = match &cli.logs {

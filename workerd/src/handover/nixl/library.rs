@@ -26,6 +26,8 @@ const FOLDERS: [&str; 7] = [
     "lib/x86_64-linux-gnu",
     "lib/aarch64-linux-gnu",
 ];
+/// Where an installation has it, seen from the executable's folder: `/usr/bin` and `/usr/lib/baton/nixl`.
+const INSTALLED: &str = "../lib/baton/nixl";
 /// How far above the executable a `.deps` counts as its build tree's: `target/release/deps/`.
 const BUILD_TREE_DEPTH: usize = 6;
 /// Everything that `agent` calls; a library without one of them would abort the process at the first call.
@@ -59,7 +61,7 @@ const SYMBOLS: [&str; 24] = [
 /// Why NIXL cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum LibraryError {
-    /// In none of the four places.
+    /// In none of the five places.
     #[error(
         "NIXL (`{FILE}`) was not found; looked in:\n{}\nrun `make setup`, or name its folder in \
          `nixl.library_dir`",
@@ -105,8 +107,9 @@ pub struct NixlLibrary {
 static LOADED: Mutex<Option<NixlLibrary>> = Mutex::new(None);
 
 impl NixlLibrary {
-    /// Loads it from `nixl.library_dir` if that is configured, else `$NIXL_PREFIX`, else `.deps/nixl` beside the
-    /// executable's build tree, else where the system's loader finds it. A second call gets the same one.
+    /// Loads it from `nixl.library_dir` if that is configured, else `$NIXL_PREFIX`, else `../lib/baton/nixl` beside the
+    /// executable's folder, else `.deps/nixl` beside its build tree, else where the system's loader finds it. A second
+    /// call gets the same one.
     ///
     /// # Errors
     /// [`LibraryError`]; the process goes on unharmed.
@@ -169,14 +172,20 @@ fn find(
             None => looked.push(format!("{place}: not set")),
         }
     }
-    let trees = exe.into_iter().flat_map(Path::ancestors).skip(1).take(BUILD_TREE_DEPTH);
-    let ours = trees.map(|folder| folder.join(".deps/nixl")).find(|folder| is_trusted(folder));
-    match ours.as_deref().and_then(file_in) {
+    let bin = exe.and_then(Path::parent);
+    let installed = bin.map(|bin| bin.join(INSTALLED));
+    let trees = bin.into_iter().flat_map(Path::ancestors).take(BUILD_TREE_DEPTH);
+    let tree = trees.map(|folder| folder.join(".deps/nixl")).find(|folder| is_trusted(folder, exe));
+    let ours = installed.filter(|folder| is_trusted(folder, exe)).into_iter().chain(tree);
+    match ours.into_iter().find_map(|folder| file_in(&folder)) {
         Some(file) => Ok(Found::File(file)),
         None => {
             let beside =
-                exe.map_or_else(|| "the executable".to_owned(), |exe| exe.display().to_string());
-            looked.push(format!("`.deps/nixl` in the folders above `{beside}`: not there"));
+                bin.map_or_else(|| "the executable".to_owned(), |bin| bin.display().to_string());
+            looked.push(format!("`{INSTALLED}` from `{beside}`: not there, or another user's"));
+            looked.push(format!(
+                "`.deps/nixl` in `{beside}` and above: not there, or another user's"
+            ));
             Ok(Found::System(looked))
         }
     }
@@ -188,11 +197,12 @@ fn file_in(folder: &Path) -> Option<PathBuf> {
     files.into_iter().find(|file| file.is_file()).and_then(|file| file.canonicalize().ok())
 }
 
-/// Whether code may be loaded from a folder that nobody named: only root or we ourselves could have put it there.
-fn is_trusted(folder: &Path) -> bool {
+/// Whether code may be loaded from a folder that nobody named: only root, we ourselves, or whoever could change the
+/// executable could have put it there.
+fn is_trusted(folder: &Path, exe: Option<&Path>) -> bool {
     let owner = |path: &Path| std::fs::metadata(path).map(|metadata| metadata.uid()).ok();
-    let ours = owner(Path::new("/proc/self"));
-    owner(folder).is_some_and(|owner| owner == 0 || Some(owner) == ours)
+    let trusted = [Some(0), owner(Path::new("/proc/self")), exe.and_then(owner)];
+    owner(folder).is_some_and(|owner| trusted.contains(&Some(owner)))
 }
 
 fn open(found: &Found) -> Result<NixlLibrary, LibraryError> {
@@ -335,9 +345,11 @@ mod tests {
     }
 
     #[test]
-    fn the_four_places_are_tried_in_order() {
+    fn the_five_places_are_tried_in_order() {
         let (config, prefix, tree) =
             (place(".nixl_cu12.mesonpy.libs"), place("lib64"), place(".deps/nixl/lib"));
+        let installed = place("lib/baton/nixl");
+        fs::create_dir(installed.path().join("bin")).unwrap();
         let exe = tree.path().join("target/release/deps/baton");
         let file = |found: Found| found.path();
         let prefix_set = || Some(prefix.path().as_os_str().to_owned());
@@ -347,9 +359,14 @@ mod tests {
         assert!(file(found).ends_with("lib64/libnixl_capi.so"));
         let found = find(None, Some(OsString::new()), Some(&exe)).unwrap();
         assert!(file(found).ends_with(".deps/nixl/lib/libnixl_capi.so"));
+        // Unpacked into a build tree, it is still the installed one that counts.
+        let below = tree.path().join("prefix");
+        fs::rename(installed.path(), &below).unwrap();
+        let found = find(None, None, Some(&below.join("bin/baton-workerd"))).unwrap();
+        assert!(file(found).ends_with("prefix/lib/baton/nixl/libnixl_capi.so"));
         let nowhere = find(None, None, Some(Path::new("/nonexistent/target/baton"))).unwrap();
         let Found::System(looked) = nowhere else { panic!("{nowhere:?}") };
-        assert_eq!(looked.len(), 3);
+        assert_eq!(looked.len(), 4);
     }
 
     #[test]

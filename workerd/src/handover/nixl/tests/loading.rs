@@ -115,7 +115,7 @@ fn child_opens() {
 }
 
 #[test]
-fn a_missing_library_is_an_error_that_names_the_four_places() {
+fn a_missing_library_is_an_error_that_names_the_five_places() {
     let folder = tempfile::tempdir().unwrap();
     // Away from its build tree, the executable has no `.deps` above it.
     let exe = folder.path().join("elsewhere");
@@ -128,8 +128,8 @@ fn a_missing_library_is_an_error_that_names_the_four_places() {
 #[ignore = "needs a process of its own"]
 fn child_has_no_library() {
     let text = NixlLibrary::load(None).unwrap_err().to_string();
-    for place in ["`nixl.library_dir`", "`$NIXL_PREFIX`", "`.deps/nixl`", "the system's libraries"]
-    {
+    let (installed, system) = ("`../lib/baton/nixl`", "the system's libraries");
+    for place in ["`nixl.library_dir`", "`$NIXL_PREFIX`", installed, "`.deps/nixl`", system] {
         assert!(text.contains(place), "{text}");
     }
     let (folder, _) = given();
