@@ -22,6 +22,7 @@ mod mixed;
 mod openai_client;
 mod operators;
 mod orphans;
+mod package_scripts;
 mod packages;
 mod perplexity;
 mod prefix;
