@@ -11,9 +11,10 @@ use baton_router::builder::{RouterBuilder, server_conf};
 use baton_router::cli::Cli;
 use baton_router::config::Loaded;
 use baton_router::listen::Inherited;
-use baton_router::ops::{Drain, HangUps, Notifier, SignalWatch, Signals};
+use baton_router::ops::{Drain, HangUps, SignalWatch, Signals};
 use baton_router::watchdog::Watchdog;
 use baton_shared::config::{ConfigError, EXIT_CODE};
+use baton_shared::notify::Notifier;
 use baton_shared::{os, telemetry};
 use clap::Parser;
 use pingora_core::server::{RunArgs, Server};
@@ -73,7 +74,9 @@ fn run(cli: &Cli) -> Result<(), Failure> {
 
 fn serve(builder: RouterBuilder, inherited: Inherited) -> anyhow::Result<()> {
     let signals = Arc::new(Signals::install().context("signals")?);
-    let notifier = Arc::new(Notifier::new(std::env::var_os("NOTIFY_SOCKET")));
+    let service_manager = std::env::var_os("NOTIFY_SOCKET");
+    let notifier = Notifier::new(service_manager.as_deref()).context("`$NOTIFY_SOCKET`")?;
+    let notifier = Arc::new(notifier);
     let shared = Arc::clone(builder.shared());
     let conf = server_conf(&shared.table.snapshot().config);
     let mut server = Server::new_with_opt_and_conf(None, conf);

@@ -1,17 +1,14 @@
-//! Life of the process: signals, drain, and what systemd wants to know.
+//! Life of the process: signals, drain, and what a service manager hears of it.
 //!
 //! SIGTERM, SIGINT and SIGQUIT drain: the port is closed, what has reached it is served within `drain_timeout`, exit 0;
 //! a later one ends at once. SIGHUP reads the configuration again. Pingora alone would sleep its whole grace period and then cut
 //! every stream, so the drain ends the process itself.
 
-use std::ffi::OsString;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use baton_shared::notify::Notifier;
 use pingora_core::server::{ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
 use pingora_core::services::background::BackgroundService;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -96,12 +93,17 @@ impl BackgroundService for HangUps {
         loop {
             self.signals.hang_up().await;
             let now = baton_shared::os::monotonic_time().as_micros();
-            self.notifier.send(&format!("RELOADING=1\nMONOTONIC_USEC={now}"));
+            self.notifier.say(&format!("RELOADING=1\nMONOTONIC_USEC={now}"));
             let reloader = Arc::clone(&self.reloader);
             let reload = tokio::task::spawn_blocking(move || reloader.reload(Source::Signal));
-            // Told in the log; there is nobody else here.
-            drop(reload.await);
-            self.notifier.send("READY=1");
+            // Told in the log too.
+            let status = match reload.await {
+                Ok(Ok(done)) => format!("serving, configuration version {}", done.version),
+                Ok(Err(error)) => format!("serving, the last reload was refused: {error}"),
+                Err(error) => format!("serving, the last reload failed: {error}"),
+            };
+            // A line each: what an error says has several.
+            self.notifier.say(&format!("READY=1\nSTATUS={}", status.replace('\n', " ")));
         }
     }
 }
@@ -119,12 +121,13 @@ pub struct Drain {
 #[async_trait]
 impl BackgroundService for Drain {
     async fn start(&self, mut shutdown: ShutdownWatch) {
-        self.notifier.send("READY=1");
+        self.notifier.say("READY=1\nSTATUS=serving");
         // An error means that the server is gone, which is a shutdown too.
         drop(shutdown.wait_for(|begun| *begun).await);
-        self.notifier.send("STOPPING=1");
         let limit = self.shared.table.snapshot().config.server.drain_timeout.0;
-        tracing::info!(in_flight = self.shared.in_flight.count(), ?limit, "draining");
+        let in_flight = self.shared.in_flight.count();
+        self.notifier.say(&format!("STOPPING=1\nSTATUS=draining, {in_flight} requests in flight"));
+        tracing::info!(in_flight, ?limit, "draining");
         let code = tokio::select! {
             () = self.drained(limit) => 0,
             () = self.second_signal() => {
@@ -155,52 +158,5 @@ impl Drain {
             let in_flight = self.shared.in_flight.count();
             tracing::warn!(in_flight, "drain deadline passed, requests in flight are cut");
         }
-    }
-}
-
-/// Tells systemd how far we are; does nothing where nobody asked.
-#[derive(Debug)]
-pub struct Notifier(Option<SocketAddr>);
-
-impl Notifier {
-    /// For the value of `$NOTIFY_SOCKET`.
-    pub fn new(socket: Option<OsString>) -> Self {
-        let address = socket.and_then(|name| match name.as_bytes() {
-            [b'@', rest @ ..] => SocketAddr::from_abstract_name(rest).ok(),
-            [b'/', ..] => SocketAddr::from_pathname(&name).ok(),
-            _ => None,
-        });
-        Self(address)
-    }
-
-    pub(crate) fn send(&self, state: &str) {
-        let Some(address) = &self.0 else { return };
-        let sent = UnixDatagram::unbound()
-            .and_then(|socket| socket.send_to_addr(state.as_bytes(), address));
-        if let Err(error) = sent {
-            tracing::warn!(state, %error, "systemd not notified");
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn systemd_hears_of_each_state_on_the_socket_it_named() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("notify");
-        let socket = UnixDatagram::bind(&path).unwrap();
-        Notifier::new(Some(path.into_os_string())).send("READY=1");
-        let mut text = [0; 32];
-        let length = socket.recv(&mut text).unwrap();
-        assert_eq!(&text[..length], b"READY=1");
-    }
-
-    #[test]
-    fn nobody_is_told_where_nobody_asked() {
-        assert!(Notifier::new(None).0.is_none());
-        assert!(Notifier::new(Some("relative".into())).0.is_none());
     }
 }

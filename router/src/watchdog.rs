@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use baton_shared::config::net::Listen;
+use baton_shared::notify::{Notifier, watchdog_limit};
 use pingora_core::server::ShutdownWatch;
 use pingora_core::services::background::BackgroundService;
 use pingora_http::RequestHeader;
@@ -14,7 +15,6 @@ use tokio::time::MissedTickBehavior;
 
 use crate::client::head::render;
 use crate::client::{Address, ClientError, Connection, Request};
-use crate::ops::Notifier;
 
 /// What is asked: answered by the proxy itself, without a worker.
 const PATH: &str = "/version";
@@ -61,9 +61,7 @@ pub struct Watchdog {
 impl Watchdog {
     /// For the `public` address as bound, with questions that bear `mark`; `None` where nobody waits for a beat of this process (`$WATCHDOG_USEC`, `$WATCHDOG_PID`).
     pub fn wanted(notifier: &Arc<Notifier>, public: &str, mark: &Mark) -> Option<Self> {
-        let variable = |name: &str| std::env::var(name).ok();
-        let limit =
-            limit(variable("WATCHDOG_USEC").as_deref(), variable("WATCHDOG_PID").as_deref())?;
+        let limit = watchdog_limit(|name| std::env::var(name).ok())?;
         // An answer may take a third, and the next question comes a third after the last one.
         let (notifier, port) = (Arc::clone(notifier), reached_at(public)?);
         Some(Self { notifier, port, interval: limit / 3, mark: mark.clone() })
@@ -96,20 +94,10 @@ impl BackgroundService for Watchdog {
                 Some(error) if !*shutdown.borrow() => {
                     tracing::warn!(error, "the public port does not answer: no heartbeat");
                 }
-                _ => self.notifier.send("WATCHDOG=1"),
+                _ => self.notifier.say("WATCHDOG=1"),
             }
         }
     }
-}
-
-/// How long a process may be without a beat; `None` = for ever.
-fn limit(micros: Option<&str>, process: Option<&str>) -> Option<Duration> {
-    let own = std::process::id().to_string();
-    if process.is_some_and(|id| id != own) {
-        return None;
-    }
-    let micros = micros?.parse().ok().filter(|&micros: &u64| micros > 0)?;
-    Some(Duration::from_micros(micros))
 }
 
 /// Where we reach a port of ours.
@@ -148,7 +136,7 @@ mod tests {
         heard.set_nonblocking(true).unwrap();
         let port = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let watchdog = Watchdog {
-            notifier: Arc::new(Notifier::new(Some(path.into()))),
+            notifier: Arc::new(Notifier::new(Some(path.as_os_str())).unwrap()),
             port: Address::Tcp(port.local_addr().unwrap()),
             interval: Duration::from_millis(300),
             mark: Mark::default(),
@@ -205,18 +193,6 @@ mod tests {
         assert!(!mark.is_on(&head(PATH, &other.0)) && !mark.is_on(&head(PATH, "")));
         assert!(!mark.is_on(&head("/v1/completions", &mark.0)));
         assert!(!mark.is_on(&RequestHeader::build("GET", PATH.as_bytes(), None).unwrap()));
-    }
-
-    #[test]
-    fn beats_are_for_the_process_that_is_watched() {
-        let own = std::process::id().to_string();
-        assert_eq!(limit(Some("3000000"), Some(&own)), Some(Duration::from_secs(3)));
-        assert_eq!(limit(Some("5"), None), Some(Duration::from_micros(5)));
-        for (micros, process) in
-            [(None, None), (Some("0"), None), (Some("x"), None), (Some("5"), Some("1"))]
-        {
-            assert_eq!(limit(micros, process), None);
-        }
     }
 
     #[test]

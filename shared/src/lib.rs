@@ -3,12 +3,13 @@
 //!
 //! Reading order: [`id`] and [`role`] name things; [`wire`] is what travels over HTTP; [`kv`] describes
 //! cached keys and values and the hand-over record; [`config`] reads files; [`text`] turns text into
-//! tokens and back (feature `text`); [`telemetry`] and [`os`] are what both daemons need at start.
+//! tokens and back (feature `text`); [`telemetry`], [`os`] and [`notify`] are what both daemons need of the system.
 
 pub mod config;
 mod expected;
 pub mod id;
 pub mod kv;
+pub mod notify;
 pub mod os;
 pub mod role;
 pub mod telemetry;

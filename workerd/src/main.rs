@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use baton_shared::config::net::Listen;
 use baton_shared::config::{ConfigError, EXIT_CODE};
+use baton_shared::notify::{Notifier, watchdog_limit};
 use baton_shared::telemetry::{self, BUILD};
 use baton_workerd::api::server;
 use baton_workerd::assemble::{Assembled, assemble, peer_address};
@@ -20,7 +21,7 @@ use baton_workerd::config::WorkerConfig;
 use baton_workerd::engine::EngineEnd;
 use baton_workerd::failpoint;
 use baton_workerd::handover::nixl;
-use baton_workerd::ops::Notifier;
+use baton_workerd::ops;
 use clap::Parser;
 use tokio::net::TcpSocket;
 use tokio::signal::unix::{SignalKind, signal};
@@ -83,6 +84,7 @@ fn run(args: Args) -> Result<ExitCode> {
     // waits for an answer meanwhile.
     let socket = bind(&config)?;
     let address = peer_address(&config, socket.local_addr()?)?;
+    notifier.say("STATUS=loading the model");
     let Assembled { worker, mover } = assemble(&config, address, variable)?;
     let metrics = Arc::clone(&worker.metrics);
     let end = runtime.block_on(async {
@@ -96,7 +98,8 @@ fn run(args: Args) -> Result<ExitCode> {
         });
         announce(&config, &worker, address);
         is_serving.store(true, Ordering::Release);
-        notifier.ready();
+        let limit = watchdog_limit(variable);
+        let report = tokio::spawn(ops::report(notifier, worker.engine.clone(), limit));
         let write_timeout = config.server.write_timeout.duration();
         let served = server::run(listener, worker, write_timeout, shutdown);
         let end = tokio::select! {
@@ -104,6 +107,7 @@ fn run(args: Args) -> Result<ExitCode> {
             _ = forced => Err(anyhow!("interrupted twice, ended without finishing")),
         };
         upkeep.abort();
+        report.abort();
         end
     })?;
     if !mover.shutdown() {
@@ -182,7 +186,7 @@ fn signals(
             _ = terminate.recv() => 0,
             _ = interrupt.recv() => 1,
         };
-        notifier.stopping();
+        notifier.say("STOPPING=1");
         if !is_serving.load(Ordering::Acquire) {
             tracing::info!("ended before anything was served");
             std::process::exit(0);

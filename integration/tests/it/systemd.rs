@@ -80,7 +80,7 @@ impl Scene {
 }
 
 fn hear(socket: &UnixDatagram) -> String {
-    let mut text = [0; 256];
+    let mut text = [0; 1024];
     let length = socket.recv(&mut text).unwrap();
     String::from_utf8(text[..length].to_vec()).unwrap()
 }
@@ -189,14 +189,20 @@ async fn a_service_manager_hears_when_the_router_serves_reloads_and_stops() {
     let mut scene = Scene::new("127.0.0.1:0").await;
     let heard = scene.listens();
     let mut router = scene.start();
-    assert_eq!(hear(&heard), "READY=1");
+    assert_eq!(hear(&heard), "READY=1\nSTATUS=serving");
     router.signal("HUP").unwrap();
     let reloading = hear(&heard);
     let time = reloading.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").unwrap();
     assert!(time.parse::<u64>().unwrap() > 0);
-    assert_eq!(hear(&heard), "READY=1");
+    assert_eq!(hear(&heard), "READY=1\nSTATUS=serving, configuration version 1");
+    scene.configure("[limits]\nmax_in_flight = 0\n");
+    router.signal("HUP").unwrap();
+    assert!(hear(&heard).starts_with("RELOADING=1\n"));
+    let refused = hear(&heard);
+    assert!(refused.starts_with("READY=1\nSTATUS=serving, the last reload was refused: "));
+    assert!(refused.contains("`limits.max_in_flight`"), "{refused}");
     router.signal("TERM").unwrap();
-    assert_eq!(hear(&heard), "STOPPING=1");
+    assert_eq!(hear(&heard), "STOPPING=1\nSTATUS=draining, 0 requests in flight");
     assert_eq!(router.wait(STOP).unwrap().code(), Some(0));
 }
 
@@ -209,7 +215,7 @@ async fn the_heart_beats_while_the_public_port_answers() {
     let router = scene.start();
     let mut messages: Vec<String> = (0..4).map(|_| hear(&heard)).collect();
     messages.sort();
-    assert_eq!(messages, ["READY=1", "WATCHDOG=1", "WATCHDOG=1", "WATCHDOG=1"]);
+    assert_eq!(messages, ["READY=1\nSTATUS=serving", "WATCHDOG=1", "WATCHDOG=1", "WATCHDOG=1"]);
     end(router);
 }
 
