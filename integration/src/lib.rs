@@ -15,6 +15,8 @@ pub mod http2;
 pub mod kept;
 pub mod ledger;
 pub mod mock_worker;
+pub mod nested_systemd;
+pub mod netns;
 pub mod oracle;
 pub mod process;
 pub mod relay;
