@@ -159,8 +159,10 @@ impl Process {
             return Ok(());
         }
         // The child was not waited for, so its id cannot belong to another process.
-        let sent = Command::new("kill").arg(format!("-{name}")).arg(self.id().to_string()).status();
-        sent.context("`kill`").map(drop)
+        // The shell's own `kill`: the program is not on every machine.
+        let order = format!("kill -{name} {}", self.id());
+        let sent = Command::new("sh").arg("-c").arg(order).stderr(Stdio::null()).status();
+        sent.context("`sh`").map(drop)
     }
 
     /// Waits for its end.
