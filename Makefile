@@ -3,7 +3,7 @@
 CARGO_TEST = cargo test --release --workspace
 ARGS ?=
 
-.PHONY: run test test-long test-gpu bench bench-setup fuzz kernels setup optional-models build clean gpu-bundle gpu-check packaged deb tarball
+.PHONY: run reference test test-long test-gpu bench bench-setup fuzz kernels setup optional-models build clean gpu-bundle gpu-check packaged deb tarball
 
 ## Two context workers, a generation worker and the router with a real model; prints an answer, stays up.
 run: build
@@ -17,7 +17,12 @@ test: build optional-models
 test-long: build optional-models
 	$(CARGO_TEST)
 	$(CARGO_TEST) --test it -- --ignored
+	$(CARGO_TEST) --test manual -- --ignored --nocapture
 	$(CARGO_TEST) --lib -- --ignored --nocapture --test-threads=1 long_
+
+## The pages of docs/src/reference that hold programs' output, written anew.
+reference: build
+	BATON_WRITE=1 $(CARGO_TEST) --test manual
 
 ## Hand-overs from and to the memory of this machine's first GPU.
 test-gpu:

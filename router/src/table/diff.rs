@@ -32,8 +32,13 @@ pub struct Change {
 impl Change {
     /// Whether a running router cannot follow.
     pub(super) fn needs_restart(&self) -> bool {
-        AT_START.contains(&self.key.as_str())
+        needs_restart(&self.key)
     }
+}
+
+/// Whether a key (`server.listen`) is read at the start only, so that a running router refuses its change.
+pub fn needs_restart(key: &str) -> bool {
+    AT_START.contains(&key)
 }
 
 impl fmt::Display for Change {

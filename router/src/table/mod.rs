@@ -20,6 +20,7 @@ use baton_shared::id::InvalidWorkerId;
 use baton_shared::role::Role;
 use tokio::sync::Notify;
 
+pub use self::diff::needs_restart;
 use self::publish::Publisher;
 use self::worker::Worker;
 use crate::config::RouterConfig;

@@ -341,4 +341,44 @@ mod tests {
             assert_eq!(names.len(), table.len());
         }
     }
+
+    /// `docs/src/reference/trtllm-keys.md`, a table of ours a section.
+    #[test]
+    fn the_documentation_says_of_every_key_what_becomes_of_it() {
+        let page = include_str!("../../../../docs/src/reference/trtllm-keys.md");
+        let sections = page.split("\n## ").skip(1);
+        let tables = [DISAGG, SERVERS, ROUTER, WORKER, CACHE_TRANSCEIVER, KV_CACHE];
+        assert_eq!(sections.clone().count(), tables.len());
+        for (section, table) in sections.zip(tables) {
+            let (rest, without_effect) = match section.split_once("\nWithout effect: ") {
+                Some((rest, keys)) => (rest, crate::expected::backticked(keys).collect()),
+                None => (section, HashSet::new()),
+            };
+            let rows = rest.lines().filter_map(|line| line.strip_prefix("| `")?.split_once("` | "));
+            let said: HashSet<(&str, String)> = rows
+                .map(|(key, here)| (key, here.trim_end_matches(" |").to_owned()))
+                .filter(|(_, here)| here.starts_with("only ") || here.starts_with("not "))
+                .collect();
+            let mut expected = HashSet::new();
+            let mut named = HashSet::new();
+            for (key, fate) in table {
+                match fate {
+                    Mapped | Table(_) => assert!(rest.contains(&format!("| `{key}` | ")), "{key}"),
+                    NoEffect => drop(named.insert(*key)),
+                    Neutral([]) => drop(expected.insert((*key, "only empty".to_owned()))),
+                    Neutral(values) => {
+                        let values = values.join("`, `");
+                        expected.insert((*key, format!("only `{values}`")));
+                    }
+                    NotYet(instead) => {
+                        expected.insert((*key, format!("not available yet: {instead}")));
+                    }
+                }
+            }
+            assert_eq!((said, without_effect), (expected, named));
+            let count = rest.lines().filter(|line| line.starts_with("| `")).count();
+            let listed = table.iter().filter(|(_, fate)| !matches!(fate, NoEffect)).count();
+            assert_eq!(count, listed, "{section}");
+        }
+    }
 }
