@@ -44,7 +44,8 @@ fn what_a_worker_sets_for_nixl_is_what_the_page_says() {
     let said = rows.iter().map(|row| (code(&row[0])[0].to_owned(), code(&row[1])[0].to_owned()));
     let mut said: Vec<(String, String)> = said.collect();
     let mut set = baton_workerd::handover::nixl::library::environment(&[]).unwrap();
-    (said.sort(), set.sort());
+    said.sort();
+    set.sort();
     assert_eq!(said, set);
 }
 
