@@ -13,10 +13,10 @@ use std::process::{Command, Stdio};
 
 use baton_integration::files;
 
-use crate::page::{self, Page};
+use crate::page::{self, Fence, Page};
 
 /// A page's blocks may take so long, in seconds.
-const PATIENCE: &str = "150";
+const PATIENCE: &str = "300";
 
 /// What a test that cannot run here says; the runner would keep it to itself.
 pub fn skipped(name: &str, why: &str) {
@@ -55,27 +55,26 @@ pub fn script(page: &Page, is_fresh: bool) -> String {
     let mut script = String::from(PRELUDE);
     for fence in page.fences() {
         let words = Words::of(&fence.info);
-        let place = format!("{}:{}", page.path.display(), fence.line);
-        let body = &fence.text;
+        let file = words.value("file");
+        let is_wanted = words.has("run") || file.is_some() || is_fresh && words.has("fresh");
+        if !is_wanted {
+            continue;
+        }
         if words.has("alone") {
             script.push_str("end_all\n");
         }
-        let language = fence.info.split_whitespace().next().unwrap_or_default();
-        if let Some(name) = words.value("file") {
-            let _ = write!(script, "cat > '{name}' <<'END-OF-BLOCK'\n{body}END-OF-BLOCK\n");
-        } else if words.has("fresh") && !is_fresh || !words.has("run") && !words.has("fresh") {
+        let Fence { info, line, text: body } = &fence;
+        let place = format!("at '{}:{line}'\n", page.path.display());
+        let _ = if let Some(name) = file {
+            write!(script, "cat > '{name}' <<'END-OF-BLOCK'\n{body}END-OF-BLOCK\n")
         } else if let Some(word) = words.value("until") {
-            let log = format!("$blocks/{}", fence.line);
-            let _ = write!(
-                script,
-                "at '{place}'\n(\n{body}) > \"{log}\" 2>&1 &\nuntil_said '{word}' \"{log}\" $!\n"
-            );
-        } else if language == "python" {
-            let _ =
-                write!(script, "at '{place}'\npython3 - <<'END-OF-BLOCK'\n{body}END-OF-BLOCK\n");
+            let log = format!("\"$blocks/{line}\"");
+            write!(script, "{place}(\n{body}) > {log} 2>&1 &\nuntil_said '{word}' {log} $!\n")
+        } else if info.starts_with("python") {
+            write!(script, "{place}python3 - <<'END-OF-BLOCK'\n{body}END-OF-BLOCK\n")
         } else {
-            let _ = write!(script, "at '{place}'\n{body}");
-        }
+            write!(script, "{place}{body}")
+        };
     }
     script.push_str("at 'the end'\nend_all\n");
     script
@@ -89,10 +88,9 @@ end_all() { for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done;
 at() { echo "--- $1"; }
 curl() { command curl -fsS "$@"; }
 until_said() {
-    for _ in $(seq 1200); do
+    while sleep 0.1; do
         grep -q "$1" "$2" 2>/dev/null && { cat "$2"; return; }
         kill -0 "$3" 2>/dev/null || break
-        sleep 0.1
     done
     cat "$2"
     echo "it never said: $1"

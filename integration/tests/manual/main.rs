@@ -15,6 +15,6 @@ mod sources;
 use std::time::Duration;
 
 /// Loading a model on a busy machine.
-const READY: Duration = Duration::from_secs(60);
+const READY: Duration = Duration::from_secs(180);
 /// An idle daemon ends at once.
 const STOP: Duration = Duration::from_secs(20);

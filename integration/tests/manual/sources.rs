@@ -16,7 +16,9 @@ pub fn below(folder: &str) -> Vec<(PathBuf, String)> {
                 .file_stem()
                 .is_some_and(|name| name.to_string_lossy().ends_with("tests") || name == "testing");
             if is_test {
-            } else if entry.file_type().unwrap().is_dir() {
+                continue;
+            }
+            if entry.file_type().unwrap().is_dir() {
                 folders.push(path);
             } else if path.extension().is_some_and(|ending| ending == "rs") {
                 found.push((path.clone(), body(&path)));
