@@ -17,10 +17,14 @@ namespaces)
     mkdir "$group"
     echo $$ >"$group/cgroup.procs"
     setpriv --pdeathsig KILL unshare --pid --kill-child --fork --mount --uts --ipc --cgroup --net sh "$0" "$folder" boot &
-    trap 'kill -KILL $!' TERM
+    trap 'kill -KILL "$(cat "$folder/pid")" || kill -KILL $!' TERM
     wait $! || wait $! || true
     echo $$ >"$folder/cgroup/cgroup.procs"
-    find "$group" -depth -type d -exec rmdir {} +
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+        # What was killed may need a moment.
+        find "$group" -depth -type d -exec rmdir {} + 2>/dev/null && break
+        sleep 0.2
+    done
     ;;
 boot)
     mount -t tmpfs -o mode=755 baton-test "$folder/root"
