@@ -20,9 +20,10 @@ test-long: build optional-models
 	$(CARGO_TEST) --test manual -- --ignored --nocapture
 	$(CARGO_TEST) --lib -- --ignored --nocapture --test-threads=1 long_
 
-## The pages of docs/src/reference that hold programs' output, written anew.
+## The pages of docs/src/reference that hold programs' output, or tables of the code, written anew.
 reference: build
-	BATON_WRITE=1 $(CARGO_TEST) --test manual
+	BATON_WRITE=1 $(CARGO_TEST) --test manual -- commands
+	BATON_WRITE=1 $(CARGO_TEST) --test it -- observability::reference
 
 ## Hand-overs from and to the memory of this machine's first GPU.
 test-gpu:

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::num::NonZeroUsize;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// Why the environment was left alone.
 #[derive(Debug, thiserror::Error)]
@@ -112,9 +112,30 @@ fn is_listening(fd: RawFd) -> bool {
 
 /// The system's monotonic clock, as service managers compare it (`CLOCK_MONOTONIC`).
 pub fn monotonic_time() -> Duration {
+    clock(libc::CLOCK_MONOTONIC)
+}
+
+/// CPU time that this process has used, all threads together.
+pub fn cpu_time() -> Duration {
+    clock(libc::CLOCK_PROCESS_CPUTIME_ID)
+}
+
+/// When the system was started, as far as its clock was right then.
+pub fn boot_time() -> Option<SystemTime> {
+    SystemTime::now().checked_sub(clock(libc::CLOCK_BOOTTIME))
+}
+
+/// Ticks of a second in `/proc`.
+pub fn clock_ticks() -> f64 {
+    // SAFETY: a plain call without memory.
+    let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    if ticks > 0 { ticks as f64 } else { 100.0 }
+}
+
+fn clock(id: libc::clockid_t) -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `time` is a place for one time.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    unsafe { libc::clock_gettime(id, &raw mut time) };
     let seconds = u64::try_from(time.tv_sec).unwrap_or_default();
     Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or_default())
 }

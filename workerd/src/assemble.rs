@@ -75,11 +75,15 @@ pub fn assemble(
     let incarnation = Incarnation::random();
     let id: WorkerId = address.to_string().parse()?;
     let limits = limits(config, &spec, backend.pool());
-    let metrics = Arc::new(Metrics::new(config.role));
+    let names = served_names(config);
+    let model = names.first().map_or("", String::as_str);
+    let metrics = Arc::new(Metrics::new(config.role, model));
     if let Some(ordinal) = gpu {
         gpu_usage::watch(ordinal, &metrics);
     }
     let (handle, seat) = engine(engine_config(config, &limits, pace));
+    let steps = Arc::clone(&metrics);
+    handle.on_step(move |step| steps.step(step));
     let epochs = EpochPage::new(backend.pool().layout.blocks as usize)?;
     let settings = MoverSettings {
         settle_timeout: config.handover.quarantine_timeout.duration(),
@@ -94,7 +98,7 @@ pub fn assemble(
     let worker = Worker {
         engine: handle,
         texts: Arc::new(texts),
-        names: served_names(config),
+        names,
         role: config.role,
         id,
         address: address.to_string(),

@@ -1,172 +1,173 @@
-//! Every metric of a worker, with its help text.
-//!
-//! Counters and gauges of the engine are read from its status when they are asked for; what only an event shows (a
-//! latency, how a request ended) is recorded when it happens. Labels come from closed sets.
+//! What a worker counts. Counters and gauges of the engine are read from its status when they are asked for; what only an
+//! event shows (a latency, how a request ended) is recorded when it happens. Labels come from closed sets. Names and help
+//! texts are in `rows`.
+
+mod rows;
 
 use std::time::Duration;
 
+use baton_shared::metric::{Metric, Registry};
+use baton_shared::process;
 use baton_shared::role::Role;
 use baton_shared::telemetry::BUILD;
-use metrics::{Counter, Gauge, Histogram, Key, Label, Level, Metadata, Recorder};
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusRecorder};
+use baton_shared::wire::error::ErrorCode;
+use metrics::Histogram;
 
+pub use self::rows::TABLE;
 use crate::backend::cuda::sys::nvml::Usage;
+use crate::engine::iterations::Iteration;
 use crate::engine::status::EngineStatus;
 use crate::handover::MoverEvent;
 use crate::handover::mover::MoverFigures;
 
-const REQUESTS: &str = "baton_worker_requests_total";
-const RUNNING: &str = "baton_worker_requests_running";
-const WAITING: &str = "baton_worker_requests_waiting";
-const PULLING: &str = "baton_worker_requests_pulling";
-const BLOCKS: &str = "baton_worker_kv_blocks";
-const LEASES: &str = "baton_worker_leases";
-const LEASES_ENDED: &str = "baton_worker_leases_ended_total";
-const PROMPT_TOKENS: &str = "baton_worker_prompt_tokens_total";
-const GENERATED_TOKENS: &str = "baton_worker_generated_tokens_total";
-const STEPS: &str = "baton_worker_steps_total";
-const PREEMPTIONS: &str = "baton_worker_preemptions_total";
-const HANDOVERS: &str = "baton_worker_handovers_total";
-const HANDOVER_BYTES: &str = "baton_worker_handover_bytes_total";
-const HANDOVER_DESCRIPTORS: &str = "baton_worker_handover_descriptors_total";
-const HANDOVER_FAILURES: &str = "baton_worker_handover_failures_total";
-const HANDOVER_SECONDS: &str = "baton_worker_handover_seconds";
-const FIRST_TOKEN_SECONDS: &str = "baton_worker_time_to_first_token_seconds";
-const INTER_TOKEN_SECONDS: &str = "baton_worker_inter_token_seconds";
-const HEARTBEAT_SECONDS: &str = "baton_worker_engine_heartbeat_age_seconds";
-const HANDOVER_PEERS: &str = "baton_worker_handover_peers_total";
-const HANDOVER_REBUILDS: &str = "baton_worker_handover_rebuilds_total";
-const TOMBSTONES: &str = "baton_worker_tombstones";
-const CACHED: &str = "baton_worker_prefix_cache_blocks";
-const EVICTED: &str = "baton_worker_prefix_cache_evictions_total";
-const EVENTS_DROPPED: &str = "baton_worker_kv_events_dropped_total";
-const GPU_USED: &str = "baton_worker_gpu_memory_used_bytes";
-const GPU_TOTAL: &str = "baton_worker_gpu_memory_total_bytes";
-const GPU_BUSY: &str = "baton_worker_gpu_utilization_ratio";
-const INFO: &str = "baton_worker_info";
-
-const COUNTERS: [(&str, &str); 14] = [
-    (
-        REQUESTS,
-        "Requests that ended, by endpoint, phase and outcome (ok, client_gone, or the error code).",
-    ),
-    (LEASES_ENDED, "Leases that ended, by how: pulled, released or expired."),
-    (
-        PROMPT_TOKENS,
-        "Prompt tokens by where their keys and values came from: computed, prefix or pulled.",
-    ),
-    (GENERATED_TOKENS, "Tokens generated."),
-    (STEPS, "Engine steps."),
-    (PREEMPTIONS, "Sequences whose blocks were taken away, to be computed again."),
-    (HANDOVERS, "KV hand-overs fetched from another worker."),
-    (HANDOVER_BYTES, "Bytes of keys and values fetched from other workers."),
-    (HANDOVER_DESCRIPTORS, "Transfer descriptors posted for them."),
-    (HANDOVER_FAILURES, "Hand-overs that failed, by error code."),
-    (
-        HANDOVER_PEERS,
-        "Peers by the transport their blocks come by: shared_memory (copied out of the peer) or network.",
-    ),
-    (EVICTED, "Blocks of the prefix cache that lost their content to another use."),
-    (EVENTS_DROPPED, "Events of the prefix cache that were dropped because nobody asked for them."),
-    (HANDOVER_REBUILDS, "Times the moving agent was rebuilt because transfers did not end."),
-];
-
-const GAUGES: [(&str, &str); 12] = [
-    (RUNNING, "Requests that are being computed."),
-    (WAITING, "Requests that wait for blocks or a slot."),
-    (PULLING, "Requests whose blocks are being fetched."),
-    (BLOCKS, "KV blocks by state."),
-    (CACHED, "Blocks that can be found by their tokens, free ones included."),
-    (LEASES, "Leases held for a reader."),
-    (TOMBSTONES, "Requests remembered because they were released; the oldest are forgotten."),
-    (HEARTBEAT_SECONDS, "Time since the engine thread last showed itself."),
-    (
-        GPU_USED,
-        "Memory of the GPU that is used, by all processes; not a number once it cannot be told.",
-    ),
-    (GPU_TOTAL, "Memory of the GPU."),
-    (GPU_BUSY, "Share of the last moments in which the GPU ran a kernel, of any process."),
-    (INFO, "Constant 1; the labels say what runs."),
-];
-
-const HISTOGRAMS: [(&str, &str, &[f64]); 3] = [
-    (HANDOVER_SECONDS, "Time of a hand-over, from the decision to fetch to the last byte.", &SHORT),
-    (FIRST_TOKEN_SECONDS, "Time from a request's arrival to its first token.", &LONG),
-    (INTER_TOKEN_SECONDS, "Time between two tokens of a request.", &SHORT),
-];
-
-const SHORT: [f64; 14] =
-    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
-const LONG: [f64; 14] =
-    [0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 40.0, 160.0];
-
-const METADATA: Metadata<'static> = Metadata::new("baton_worker", Level::INFO, None);
-
 /// Where a worker's metrics are kept; one a worker, so that two in one process do not mix.
+#[derive(Debug)]
 pub struct Metrics {
-    recorder: PrometheusRecorder,
+    registry: Registry,
+    /// Of TensorRT-LLM's series: `model_name`.
+    model: String,
+    times: Times,
+}
+
+/// Handles of the histograms that something is recorded in often.
+struct Times {
     handover: Histogram,
-    first_token: Histogram,
+    /// By phase.
+    request: [Histogram; 3],
     inter_token: Histogram,
+    step: Twin,
+    step_sequences: Histogram,
+    queue: Twin,
+    prefill: Twin,
+    first_token: Twin,
+    upstream: Upstream,
+}
+
+/// One quantity under our name and TensorRT-LLM's.
+struct Twin(Histogram, Histogram);
+
+/// What has TensorRT-LLM's name only, or is told apart in another way.
+struct Upstream {
+    request: Histogram,
+    per_token: Histogram,
+    decode: Histogram,
+}
+
+/// How the tokens of one answer came.
+#[derive(Clone, Copy, Debug)]
+pub struct Decoded {
+    /// From the first token to the last.
+    pub took: Duration,
+    /// Tokens after the first.
+    pub later: u32,
+}
+
+impl Twin {
+    fn record(&self, time: Duration) {
+        self.0.record(time);
+        self.1.record(time);
+    }
+}
+
+impl std::fmt::Debug for Times {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Times").finish_non_exhaustive()
+    }
 }
 
 impl Metrics {
-    /// Nothing counted yet.
-    pub fn new(role: Role) -> Self {
-        let builder =
-            HISTOGRAMS.into_iter().fold(PrometheusBuilder::new(), |builder, histogram| {
-                let (name, _, buckets) = histogram;
-                builder
-                    .set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets)
-                    .expect("the buckets are not empty")
-            });
-        let recorder = builder.build_recorder();
-        for (name, help) in COUNTERS {
-            recorder.describe_counter(name.into(), None, help.into());
+    /// Nothing counted yet; `model` is the name clients use.
+    pub fn new(role: Role, model: &str) -> Self {
+        let registry = Registry::new(&TABLE.concat());
+        let metrics =
+            Self { times: Times::new(&registry, model), registry, model: model.to_owned() };
+        metrics.set(&rows::INFO, &[role.as_str(), model], 1.0);
+        let commit = BUILD.commit.unwrap_or("unknown");
+        metrics.set(&rows::BUILD_INFO, &[BUILD.version, commit], 1.0);
+        // A series that begins at 1 has no increase that an alert could see.
+        let outcomes = ["ok", ErrorCode::QueueFull.code(), ErrorCode::ClientGone.code()];
+        for endpoint in rows::ENDPOINTS {
+            for (phase, outcome) in
+                rows::PHASES.iter().flat_map(|phase| outcomes.map(|one| (phase, one)))
+            {
+                metrics.count(&rows::REQUESTS, &[endpoint, phase, outcome], 0);
+            }
         }
-        for (name, help) in GAUGES {
-            recorder.describe_gauge(name.into(), None, help.into());
+        for code in rows::FAILURES {
+            metrics.count(&rows::HANDOVER_FAILURES, &[code.code()], 0);
         }
-        for (name, help, _) in HISTOGRAMS {
-            recorder.describe_histogram(name.into(), None, help.into());
+        metrics.count(&rows::UPSTREAM_SUCCESS, &metrics.upstream(), 0);
+        for status in rows::STATUSES {
+            metrics.count(&rows::UPSTREAM_ERROR, &[model, rows::ENGINE, status], 0);
         }
-        let histogram = |name| recorder.register_histogram(&Key::from_name(name), &METADATA);
-        let metrics = Self {
-            handover: histogram(HANDOVER_SECONDS),
-            first_token: histogram(FIRST_TOKEN_SECONDS),
-            inter_token: histogram(INTER_TOKEN_SECONDS),
-            recorder,
-        };
-        let labels = [("version", BUILD.version), ("role", role.as_str())];
-        metrics.gauge(INFO, &labels).set(1.0);
         metrics
     }
 
-    /// A request ended. `outcome` is `ok` or an error code.
+    /// A request ended, `took` after its arrival.
     pub fn request_ended(
         &self,
         endpoint: &'static str,
         phase: &'static str,
-        outcome: &'static str,
+        outcome: Result<(), ErrorCode>,
+        took: Duration,
     ) {
-        let labels = [("endpoint", endpoint), ("phase", phase), ("outcome", outcome)];
-        self.counter(REQUESTS, &labels).increment(1);
+        let name = outcome.map_or_else(ErrorCode::code, |()| "ok");
+        self.registry.counter(&rows::REQUESTS, &[endpoint, phase, name]).increment(1);
+        match outcome {
+            Ok(()) => {
+                let phase = rows::PHASES.iter().position(|one| *one == phase);
+                self.times.request[phase.unwrap_or(0)].record(took);
+                self.times.upstream.request.record(took);
+                self.registry.counter(&rows::UPSTREAM_SUCCESS, &self.upstream()).increment(1);
+            }
+            // Nobody saw a status.
+            Err(ErrorCode::ClientGone) => {}
+            Err(code) => {
+                let labels = [&self.model, rows::ENGINE, &code.status().to_string()];
+                self.registry.counter(&rows::UPSTREAM_ERROR, &labels).increment(1);
+            }
+        }
+    }
+
+    /// A request was admitted after this long.
+    pub fn queued(&self, waited: Duration) {
+        self.times.queue.record(waited);
+    }
+
+    /// A prompt was computed here: its first token came this long after its admission.
+    pub fn prefilled(&self, took: Duration) {
+        self.times.prefill.record(took);
     }
 
     /// A request's first token came this long after the request.
     pub fn first_token(&self, after: Duration) {
-        self.first_token.record(after);
+        self.times.first_token.record(after);
     }
 
     /// A later token came this long after the one before it.
     pub fn next_token(&self, after: Duration) {
-        self.inter_token.record(after);
+        self.times.inter_token.record(after);
+    }
+
+    /// An answer has all of its tokens.
+    pub fn decoded(&self, decoded: Decoded) {
+        let Decoded { took, later } = decoded;
+        self.times.upstream.decode.record(took);
+        if later > 0 {
+            self.times.upstream.per_token.record(took / later);
+        }
+    }
+
+    /// The engine has done a step.
+    pub fn step(&self, step: &Iteration) {
+        self.times.step.record(step.latency);
+        self.times.step_sequences.record(step.contexts + step.generations);
     }
 
     /// What the mover tells the engine, on its way there.
     pub fn mover_said(&self, event: &MoverEvent) {
         match event {
-            MoverEvent::Pulled { elapsed, .. } => self.handover.record(*elapsed),
+            MoverEvent::Pulled { elapsed, .. } => self.times.handover.record(*elapsed),
             MoverEvent::PullFailed { .. }
             | MoverEvent::Settled { .. }
             | MoverEvent::LeaseRead(_)
@@ -177,36 +178,36 @@ impl Metrics {
     /// What is used of a GPU; `None` where it cannot be told any more.
     pub fn gpu(&self, ordinal: u32, usage: Option<&Usage>) {
         let device = format!("cuda:{ordinal}");
-        let set = |name, value: f64| {
-            let key = Key::from_parts(name, vec![Label::new("device", device.clone())]);
-            self.recorder.register_gauge(&key, &METADATA).set(value);
-        };
-        set(GPU_USED, usage.map_or(f64::NAN, |usage| usage.used as f64));
-        set(GPU_TOTAL, usage.map_or(f64::NAN, |usage| usage.total as f64));
+        let set = |row, value: f64| self.set(row, &[&device], value);
+        set(&rows::GPU_USED, usage.map_or(f64::NAN, |usage| usage.used as f64));
+        set(&rows::GPU_TOTAL, usage.map_or(f64::NAN, |usage| usage.total as f64));
         match usage.map(|usage| usage.busy) {
-            Some(Some(busy)) => set(GPU_BUSY, busy),
+            Some(Some(busy)) => set(&rows::GPU_BUSY, busy),
             // A part of a GPU never had a value.
             Some(None) => {}
-            None => set(GPU_BUSY, f64::NAN),
+            None => set(&rows::GPU_BUSY, f64::NAN),
         }
     }
 
     /// Everything in Prometheus' text format.
     pub fn render(&self, status: &EngineStatus, mover: MoverFigures) -> String {
         self.publish(status);
+        self.publish_upstream(status);
         self.publish_mover(mover);
-        self.recorder.handle().render()
+        let mut text = self.registry.render();
+        process::write(&mut text);
+        text
     }
 
     /// Sorts recorded times into their buckets; without it they pile up until somebody renders.
     pub fn upkeep(&self) {
-        self.recorder.handle().run_upkeep();
+        self.registry.upkeep();
     }
 
     fn publish(&self, status: &EngineStatus) {
         let EngineStatus {
-            is_alive: _,
-            is_draining: _,
+            is_alive,
+            is_draining,
             heartbeat_age,
             running,
             waiting,
@@ -218,92 +219,128 @@ impl Metrics {
             events_dropped,
             totals,
         } = status;
-        for (name, value) in [
-            (RUNNING, running),
-            (WAITING, waiting),
-            (PULLING, pulling),
-            (LEASES, leases),
-            (TOMBSTONES, tombstones),
+        for (row, value) in [
+            (rows::RUNNING, *running as f64),
+            (rows::WAITING, *waiting as f64),
+            (rows::PULLING, *pulling as f64),
+            (rows::LEASES, *leases as f64),
+            (rows::TOMBSTONES, *tombstones as f64),
+            (rows::ACCEPTING, f64::from(*is_alive && !is_draining)),
+            (rows::CACHED, f64::from(cache.cached)),
+            (rows::HEARTBEAT_SECONDS, heartbeat_age.as_secs_f64()),
         ] {
-            self.gauge(name, &[]).set(*value as f64);
+            self.set(&row, &[], value);
         }
-        self.gauge(CACHED, &[]).set(f64::from(cache.cached));
-        self.gauge(HEARTBEAT_SECONDS, &[]).set(heartbeat_age.as_secs_f64());
-        for (state, count) in [
-            ("free", blocks.free),
-            ("used", blocks.used),
-            ("leased", blocks.leased),
-            ("in_flight", blocks.in_flight),
-            ("quarantined", blocks.quarantined),
-        ] {
-            self.gauge(BLOCKS, &[("state", state)]).set(f64::from(count));
+        let counts =
+            [blocks.free, blocks.used, blocks.leased, blocks.in_flight, blocks.quarantined];
+        for (state, count) in rows::STATES.into_iter().zip(counts) {
+            self.set(&rows::BLOCKS, &[state], f64::from(count));
         }
-        for (name, value) in [
-            (GENERATED_TOKENS, totals.generated),
-            (STEPS, totals.steps),
-            (PREEMPTIONS, totals.preemptions),
-            (EVICTED, cache.evicted),
-            (EVENTS_DROPPED, *events_dropped),
-            (HANDOVERS, totals.pulls),
-            (HANDOVER_BYTES, totals.pulled_bytes),
-            (HANDOVER_DESCRIPTORS, totals.pulled_descriptors),
+        for (row, value) in [
+            (rows::GENERATED_TOKENS, totals.generated),
+            (rows::STEPS, totals.steps),
+            (rows::PREEMPTIONS, totals.preemptions),
+            (rows::EVICTED, cache.evicted),
+            (rows::EVENTS_DROPPED, *events_dropped),
+            (rows::HANDOVERS, totals.pulls),
+            (rows::HANDOVER_BYTES, totals.pulled_bytes),
+            (rows::HANDOVER_DESCRIPTORS, totals.pulled_descriptors),
         ] {
-            self.counter(name, &[]).absolute(value);
+            self.count(&row, &[], value);
         }
-        for (source, value) in [
-            ("computed", totals.prompt_computed),
-            ("prefix", totals.prompt_prefix),
-            ("pulled", totals.prompt_pulled),
-        ] {
-            self.counter(PROMPT_TOKENS, &[("source", source)]).absolute(value);
+        let tokens = [totals.prompt_computed, totals.prompt_prefix, totals.prompt_pulled];
+        for (source, value) in rows::SOURCES.into_iter().zip(tokens) {
+            self.count(&rows::PROMPT_TOKENS, &[source], value);
         }
-        for (end, value) in [
-            ("pulled", totals.leases_ended.pulled),
-            ("released", totals.leases_ended.released),
-            ("expired", totals.leases_ended.expired),
-        ] {
-            self.counter(LEASES_ENDED, &[("end", end)]).absolute(value);
+        let ended = &totals.leases_ended;
+        let ended = [ended.pulled, ended.released, ended.expired];
+        for (end, value) in rows::ENDS.into_iter().zip(ended) {
+            self.count(&rows::LEASES_ENDED, &[end], value);
         }
         for (code, value) in &totals.pull_failures {
-            self.counter(HANDOVER_FAILURES, &[("code", code.code())]).absolute(*value);
+            self.count(&rows::HANDOVER_FAILURES, &[code.code()], *value);
+        }
+    }
+
+    /// The same quantities under TensorRT-LLM's names.
+    fn publish_upstream(&self, status: &EngineStatus) {
+        let EngineStatus { blocks, totals, running, waiting, .. } = status;
+        let labels = self.upstream();
+        let prompt = totals.prompt_computed + totals.prompt_prefix + totals.prompt_pulled;
+        for (row, value) in [
+            (rows::UPSTREAM_PROMPT, prompt),
+            (rows::UPSTREAM_CACHED, totals.prompt_prefix),
+            (rows::UPSTREAM_GENERATED, totals.generated),
+        ] {
+            self.count(&row, &labels, value);
+        }
+        let free = f64::from(blocks.free);
+        let busy = [blocks.used, blocks.leased, blocks.in_flight, blocks.quarantined];
+        let busy: f64 = busy.into_iter().map(f64::from).sum();
+        for (row, value) in [
+            (rows::UPSTREAM_RUNNING, *running as f64),
+            (rows::UPSTREAM_WAITING, *waiting as f64),
+            (rows::UPSTREAM_HIT_RATE, totals.prompt_prefix as f64 / prompt.max(1) as f64),
+            (rows::UPSTREAM_UTILIZATION, busy / (free + busy).max(1.0)),
+            (rows::UPSTREAM_MAX_BLOCKS, free + busy),
+            (rows::UPSTREAM_FREE_BLOCKS, free),
+            (rows::UPSTREAM_USED_BLOCKS, busy),
+        ] {
+            self.set(&row, &labels, value);
         }
     }
 
     fn publish_mover(&self, figures: MoverFigures) {
         let MoverFigures { rebuilds, peers } = figures;
-        self.counter(HANDOVER_REBUILDS, &[]).absolute(rebuilds);
+        self.count(&rows::HANDOVER_REBUILDS, &[], rebuilds);
         for (transport, count) in
-            [("shared_memory", peers.shared_memory), ("network", peers.network)]
+            rows::TRANSPORTS.into_iter().zip([peers.shared_memory, peers.network])
         {
-            self.counter(HANDOVER_PEERS, &[("transport", transport)]).absolute(count);
+            self.count(&rows::HANDOVER_PEERS, &[transport], count);
         }
     }
 
-    fn counter(&self, name: &'static str, labels: &[(&'static str, &'static str)]) -> Counter {
-        self.recorder.register_counter(&key(name, labels), &METADATA)
+    /// Labels of TensorRT-LLM's series.
+    fn upstream(&self) -> [&str; 2] {
+        [&self.model, rows::ENGINE]
     }
 
-    fn gauge(&self, name: &'static str, labels: &[(&'static str, &'static str)]) -> Gauge {
-        self.recorder.register_gauge(&key(name, labels), &METADATA)
+    fn count(&self, row: &Metric, labels: &[&str], total: u64) {
+        self.registry.counter(row, labels).absolute(total);
+    }
+
+    fn set(&self, row: &Metric, labels: &[&str], value: f64) {
+        self.registry.gauge(row, labels).set(value);
     }
 }
 
-impl std::fmt::Debug for Metrics {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Metrics").finish_non_exhaustive()
+impl Times {
+    fn new(registry: &Registry, model: &str) -> Self {
+        let own = |row| registry.histogram(row, &[]);
+        let upstream = |row| registry.histogram(row, &[model, rows::ENGINE]);
+        Self {
+            handover: own(&rows::HANDOVER_SECONDS),
+            request: rows::PHASES.map(|phase| registry.histogram(&rows::REQUEST_SECONDS, &[phase])),
+            inter_token: own(&rows::INTER_TOKEN_SECONDS),
+            step: Twin(own(&rows::STEP_SECONDS), upstream(&rows::UPSTREAM_STEP)),
+            step_sequences: own(&rows::STEP_SEQUENCES),
+            queue: Twin(own(&rows::QUEUE_SECONDS), upstream(&rows::UPSTREAM_QUEUE)),
+            prefill: Twin(own(&rows::PREFILL_SECONDS), upstream(&rows::UPSTREAM_PREFILL)),
+            first_token: Twin(
+                own(&rows::FIRST_TOKEN_SECONDS),
+                upstream(&rows::UPSTREAM_FIRST_TOKEN),
+            ),
+            upstream: Upstream {
+                request: upstream(&rows::UPSTREAM_REQUEST),
+                per_token: upstream(&rows::UPSTREAM_PER_TOKEN),
+                decode: upstream(&rows::UPSTREAM_DECODE),
+            },
+        }
     }
-}
-
-fn key(name: &'static str, labels: &[(&'static str, &'static str)]) -> Key {
-    let labels: Vec<Label> =
-        labels.iter().map(|(name, value)| Label::from_static_parts(name, value)).collect();
-    Key::from_parts(name, labels)
 }
 
 #[cfg(test)]
 mod tests {
-    use baton_shared::wire::error::ErrorCode;
-
     use super::*;
     use crate::handover::PullId;
 
@@ -313,8 +350,8 @@ mod tests {
 
     #[test]
     fn what_checks_rely_on_is_there_from_the_first_moment() {
-        let text =
-            Metrics::new(Role::Context).render(&EngineStatus::default(), MoverFigures::default());
+        let text = Metrics::new(Role::Context, "M")
+            .render(&EngineStatus::default(), MoverFigures::default());
         for series in [
             "baton_worker_kv_blocks{state=\"free\"}",
             "baton_worker_kv_blocks{state=\"used\"}",
@@ -338,8 +375,8 @@ mod tests {
 
     #[test]
     fn every_series_has_a_help_text() {
-        let metrics = Metrics::new(Role::Both);
-        metrics.request_ended("completions", "whole", "ok");
+        let metrics = Metrics::new(Role::Both, "M");
+        metrics.request_ended("completions", "whole", Ok(()), Duration::from_millis(2));
         let mut status = EngineStatus::default();
         status.totals.pull_failures.push((ErrorCode::KvLeaseGone, 2));
         let text = metrics.render(&status, MoverFigures::default());
@@ -353,7 +390,7 @@ mod tests {
 
     #[test]
     fn counters_follow_the_engine_and_times_are_counted_once() {
-        let metrics = Metrics::new(Role::Generation);
+        let metrics = Metrics::new(Role::Generation, "M");
         let pulled = MoverEvent::Pulled {
             id: PullId(1),
             bytes: 7,
@@ -370,6 +407,40 @@ mod tests {
             assert_eq!(line(&text, "baton_worker_handover_bytes_total"), Some(&*bytes));
             assert_eq!(line(&text, "baton_worker_handover_seconds_count"), Some("1"));
             assert_eq!(line(&text, "baton_worker_time_to_first_token_seconds_count"), Some("1"));
+        }
+    }
+
+    #[test]
+    fn every_status_of_an_error_is_a_value_of_its_label() {
+        for code in ErrorCode::ALL.into_iter().filter(|code| *code != ErrorCode::ClientGone) {
+            assert!(rows::STATUSES.contains(&&*code.status().to_string()), "{code:?}");
+        }
+    }
+
+    #[test]
+    fn the_same_quantity_has_the_same_value_under_both_names() {
+        let metrics = Metrics::new(Role::Both, "M");
+        metrics.queued(Duration::from_millis(3));
+        metrics.decoded(Decoded { took: Duration::from_millis(9), later: 3 });
+        metrics.request_ended("chat", "generation", Ok(()), Duration::from_millis(7));
+        metrics.request_ended("chat", "whole", Err(ErrorCode::QueueFull), Duration::ZERO);
+        let mut status = EngineStatus::default();
+        (status.blocks.free, status.blocks.used, status.blocks.leased) = (1, 2, 1);
+        (status.totals.prompt_computed, status.totals.prompt_prefix) = (30, 10);
+        let text = metrics.render(&status, MoverFigures::default());
+        let labels = "model_name=\"M\",engine_type=\"baton\"";
+        for (series, value) in [
+            ("baton_worker_queue_seconds_sum".to_owned(), "0.003"),
+            (format!("trtllm_request_queue_time_seconds_sum{{{labels}}}"), "0.003"),
+            (format!("trtllm_time_per_output_token_seconds_sum{{{labels}}}"), "0.003"),
+            (format!("trtllm_e2e_request_latency_seconds_sum{{{labels}}}"), "0.007"),
+            ("baton_worker_request_seconds_sum{phase=\"generation\"}".to_owned(), "0.007"),
+            (format!("trtllm_request_success_total{{{labels}}}"), "1"),
+            (format!("trtllm_request_error_total{{{labels},http_code=\"429\"}}"), "1"),
+            (format!("trtllm_kv_cache_utilization{{{labels}}}"), "0.75"),
+            (format!("trtllm_kv_cache_hit_rate{{{labels}}}"), "0.25"),
+        ] {
+            assert_eq!(line(&text, &series), Some(value), "{series}\n{text}");
         }
     }
 }

@@ -20,6 +20,7 @@ mod http2;
 mod hub;
 mod mixed;
 mod nested;
+mod observability;
 mod openai_client;
 mod operators;
 mod orphans;

@@ -59,6 +59,11 @@ impl Hop {
         Self { metrics, phase, started: Instant::now(), outcome, _load: load }
     }
 
+    /// The worker's answer is there, or its first event.
+    pub(super) fn begun(&self) {
+        self.metrics.hop_begun(self.phase, self.started.elapsed());
+    }
+
     pub(super) fn end(mut self, outcome: HopOutcome) {
         self.outcome = outcome;
     }

@@ -183,6 +183,7 @@ impl<'a> Route<'a> {
             let asked = timeout(limit, self.ask_context(&worker, &mut lease)).await;
             match asked.unwrap_or_else(|_| Err(Fault::late(limit))) {
                 Ok(answer) => {
+                    hop.begun();
                     hop.end(HopOutcome::Ok);
                     self.shared.table.report(&worker, Outcome::Served);
                     return Ok((lease, answer));
@@ -257,12 +258,14 @@ impl<'a> Route<'a> {
             match self.ask_generation(&worker, lines, &body, record).await {
                 Ok(Begun::Whole(reply)) => {
                     lease.as_mut().into_iter().for_each(|lease| lease.settle());
+                    hop.begun();
                     hop.end(HopOutcome::Ok);
                     self.shared.table.report(&worker, Outcome::Served);
                     return Generated::Routed(Routed::Reply(reply));
                 }
                 Ok(Begun::Stream(exchange, first)) => {
                     lease.as_mut().into_iter().for_each(|lease| lease.settle());
+                    hop.begun();
                     self.shared.table.report(&worker, Outcome::Served);
                     let stream = Stream { exchange, first, hop, worker };
                     return Generated::Routed(Routed::Stream(Box::new(stream)));
@@ -396,10 +399,18 @@ impl<'a> Route<'a> {
         }
     }
 
+    /// A worker for this phase, and how long that took.
+    async fn choose(&mut self, tried: &mut Tried) -> Result<Arc<Worker>, Routed> {
+        let since = Instant::now();
+        let chosen = self.find(tried).await;
+        self.shared.metrics.queued(self.phase, since.elapsed());
+        chosen
+    }
+
     /// A worker for this phase from the newest table. Waits up to `queue_timeout` for one that is usable and has room,
     /// and as long for another one before a worker that has failed this request is asked again; when all have, only
     /// for a moment.
-    async fn choose(&mut self, tried: &mut Tried) -> Result<Arc<Worker>, Routed> {
+    async fn find(&mut self, tried: &mut Tried) -> Result<Arc<Worker>, Routed> {
         let (phase, table) = (self.phase, &self.shared.table);
         loop {
             let picked = table.pick(phase, &self.features, tried);

@@ -3,6 +3,7 @@
 //! Always holds: a lease is either named in an answer that was handed to the connection, or ended.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::body::Body;
 use axum::http::header;
@@ -65,6 +66,7 @@ pub async fn serve(
     job: Job,
     request: Option<u64>,
     ids_in_base64: bool,
+    arrived: Instant,
 ) -> Result<Response, ApiError> {
     let request = request.map_or_else(|| worker.mint_request(), DisaggRequestId);
     let rules = job.answer_rules(worker);
@@ -78,7 +80,7 @@ pub async fn serve(
         output,
     })?;
     let assembler = Assembler::new(Arc::clone(&worker.texts), rules);
-    let mut outcome = collect(worker, receiver, assembler).await?;
+    let mut outcome = collect(worker, receiver, assembler, arrived).await?;
     let prompt_tokens = job.prompt_tokens();
     if outcome.is_over {
         // Whatever the engine kept: the engine knows no stop strings.
@@ -104,15 +106,24 @@ async fn collect(
     worker: &Worker,
     mut output: OutputReceiver,
     mut assembler: Assembler,
+    arrived: Instant,
 ) -> Result<Outcome, ApiError> {
+    let metrics = &worker.metrics;
+    let mut admitted = arrived;
     let mut piece = Piece::default();
     let mut first = Vec::new();
     let mut lease = None;
     let mut cached_tokens = 0;
     loop {
         match output.next().await {
-            Some(OutputEvent::Started { cached_tokens: cached }) => cached_tokens = cached,
+            Some(OutputEvent::Started { cached_tokens: cached, waited }) => {
+                cached_tokens = cached;
+                admitted = Instant::now();
+                metrics.queued(waited);
+            }
             Some(OutputEvent::Token(token)) => {
+                metrics.first_token(arrived.elapsed());
+                metrics.prefilled(admitted.elapsed());
                 piece.extend(assembler.token(&token));
                 first.push(token);
             }

@@ -1,6 +1,7 @@
 //! Counts how requests end: a request that is dropped before it ends was left by its client.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use baton_shared::wire::error::ErrorCode;
 
@@ -12,13 +13,14 @@ pub struct Counted {
     worker: Arc<Worker>,
     endpoint: Endpoint,
     part: &'static str,
+    arrived: Instant,
     outcome: Option<Result<(), ErrorCode>>,
 }
 
 impl Counted {
-    /// A request has arrived.
-    pub fn new(worker: Arc<Worker>, endpoint: Endpoint) -> Self {
-        Self { worker, endpoint, part: Part::Whole.as_str(), outcome: None }
+    /// A request that has `arrived`.
+    pub fn new(worker: Arc<Worker>, endpoint: Endpoint, arrived: Instant) -> Self {
+        Self { worker, endpoint, part: Part::Whole.as_str(), arrived, outcome: None }
     }
 
     /// Which part of a request it turned out to be.
@@ -39,11 +41,8 @@ impl Counted {
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        let outcome = match self.outcome {
-            Some(Ok(())) => "ok",
-            Some(Err(code)) => code.code(),
-            None => ErrorCode::ClientGone.code(),
-        };
-        self.worker.metrics.request_ended(self.endpoint.as_str(), self.part, outcome);
+        let outcome = self.outcome.unwrap_or(Err(ErrorCode::ClientGone));
+        let took = self.arrived.elapsed();
+        self.worker.metrics.request_ended(self.endpoint.as_str(), self.part, outcome, took);
     }
 }

@@ -62,7 +62,7 @@ async fn serve(worker: Arc<Worker>, endpoint: Endpoint, request: HttpRequest<Bod
 
 async fn answer(worker: Arc<Worker>, endpoint: Endpoint, request: HttpRequest<Body>) -> Response {
     let arrived = Instant::now();
-    let mut counted = Counted::new(Arc::clone(&worker), endpoint);
+    let mut counted = Counted::new(Arc::clone(&worker), endpoint, arrived);
     let (head, body) = request.into_parts();
     let job = match prepare(&worker, endpoint, &head.headers, body, &mut counted).await {
         Ok(job) => job,
@@ -112,7 +112,7 @@ async fn generate(
     let takeover = match std::mem::replace(&mut job.request.part, Part::Whole) {
         Part::Whole => None,
         Part::Context { request, ids_in_base64 } => {
-            let response = context::serve(worker, job, request, ids_in_base64).await?;
+            let response = context::serve(worker, job, request, ids_in_base64, arrived).await?;
             return Ok(Generated::Whole(response));
         }
         Part::Generation(params) => {

@@ -4,7 +4,7 @@
 //! error before has its HTTP status.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use baton_shared::kv::block_hash::CacheSalt;
 use baton_shared::wire::error::ErrorCode;
@@ -17,6 +17,7 @@ use super::takeover::Takeover;
 use super::worker::Worker;
 use crate::engine::output::{FinishReason, OutputEvent, OutputReceiver, channel};
 use crate::engine::{Phase, Submission, SubmitError};
+use crate::metrics::Decoded;
 
 /// Events a request has besides its tokens.
 const OTHER_EVENTS: usize = 8;
@@ -37,7 +38,11 @@ pub struct Run {
 /// Measures first and later tokens.
 struct Clock {
     arrived: Instant,
+    /// When the engine took it, to compute the prompt; `None` = that was done elsewhere.
+    admitted: Option<Instant>,
+    first: Option<Instant>,
     last: Option<Instant>,
+    tokens: u32,
 }
 
 impl Run {
@@ -61,7 +66,7 @@ impl Run {
             rest: None,
             prompt_tokens: job.prompt_tokens(),
             cached_tokens: 0,
-            clock: Clock { arrived, last: None },
+            clock: Clock { arrived, admitted: None, first: None, last: None, tokens: 0 },
         };
         let phase = match takeover {
             None => Phase::Whole,
@@ -81,9 +86,11 @@ impl Run {
             phase,
             output,
         })?;
-        let cached = started(&mut rest).await?;
+        let (cached, waited) = started(&mut rest).await?;
+        worker.metrics.queued(waited);
         if !is_takeover {
             run.cached_tokens = cached;
+            run.clock.admitted = Some(Instant::now());
         }
         run.rest = Some(rest);
         Ok(run)
@@ -140,6 +147,7 @@ impl Run {
             };
             if piece.end.is_some() {
                 self.rest = None;
+                self.count_decode();
             }
             if !piece.is_empty() {
                 return Ok(Some(piece));
@@ -169,17 +177,32 @@ impl Run {
         let now = Instant::now();
         let metrics = &self.worker.metrics;
         match self.clock.last {
-            None => metrics.first_token(now - self.clock.arrived),
+            None => {
+                metrics.first_token(now - self.clock.arrived);
+                if let Some(admitted) = self.clock.admitted {
+                    metrics.prefilled(now - admitted);
+                }
+                self.clock.first = Some(now);
+            }
             Some(last) => metrics.next_token(now - last),
         }
         self.clock.last = Some(now);
+        self.clock.tokens += 1;
+    }
+
+    fn count_decode(&self) {
+        let Clock { first, last, tokens, .. } = self.clock;
+        if let (Some(first), Some(last)) = (first, last) {
+            let decoded = Decoded { took: last - first, later: tokens - 1 };
+            self.worker.metrics.decoded(decoded);
+        }
     }
 }
 
-/// Waits for admission; prompt tokens found in the prefix cache.
-async fn started(output: &mut OutputReceiver) -> Result<u32, ApiError> {
+/// Waits for admission; prompt tokens found in the prefix cache, and how long the engine let it wait.
+async fn started(output: &mut OutputReceiver) -> Result<(u32, Duration), ApiError> {
     match output.next().await {
-        Some(OutputEvent::Started { cached_tokens }) => Ok(cached_tokens),
+        Some(OutputEvent::Started { cached_tokens, waited }) => Ok((cached_tokens, waited)),
         other => Err(unexpected(other)),
     }
 }

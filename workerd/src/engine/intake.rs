@@ -1,7 +1,7 @@
 //! What the engine thread makes of its commands: which requests are let in, and what ends them from outside.
 
 use std::collections::HashMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use baton_shared::id::DisaggRequestId;
 use baton_shared::wire::error::ErrorCode;
@@ -96,7 +96,7 @@ impl Engine {
         {
             self.leases.end(leased.lease, LeaseEnd::Released);
         }
-        sequence.output.push(OutputEvent::Started { cached_tokens: 0 });
+        sequence.output.push(OutputEvent::Started { cached_tokens: 0, waited: Duration::ZERO });
         sequence.output.push(OutputEvent::Finished(reason));
     }
 

@@ -3,7 +3,7 @@
 //! Bounded: when nobody asks, the oldest are forgotten.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use crate::kv::pool::{BlockCounts, CacheCounts};
@@ -50,20 +50,37 @@ pub struct Iteration {
     pub max_tokens: u32,
 }
 
+/// Hears of each step.
+pub(super) type Listener = Box<dyn Fn(&Iteration) + Send + Sync>;
+
 /// The last steps nobody asked for yet.
-#[derive(Debug)]
 pub struct IterationLog {
     steps: Mutex<VecDeque<Iteration>>,
+    listener: OnceLock<Listener>,
+}
+
+impl std::fmt::Debug for IterationLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("IterationLog").finish_non_exhaustive()
+    }
 }
 
 impl Default for IterationLog {
     fn default() -> Self {
-        Self { steps: Mutex::new(VecDeque::with_capacity(MOST)) }
+        Self { steps: Mutex::new(VecDeque::with_capacity(MOST)), listener: OnceLock::new() }
     }
 }
 
 impl IterationLog {
+    /// The first call counts.
+    pub(super) fn listen(&self, listener: Listener) {
+        self.listener.get_or_init(|| listener);
+    }
+
     pub(super) fn add(&self, step: Iteration) {
+        if let Some(listener) = self.listener.get() {
+            listener(&step);
+        }
         let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
         if steps.len() == MOST {
             steps.pop_front();

@@ -300,6 +300,11 @@ impl EngineHandle {
         self.door.events.get().map(EventLog::take).unwrap_or_default()
     }
 
+    /// Tells `listener` of every step that was collected, on the engine's thread. The first call counts.
+    pub fn on_step(&self, listener: impl Fn(&Iteration) + Send + Sync + 'static) {
+        self.door.iterations.listen(Box::new(listener));
+    }
+
     /// What the last steps did; each is given out once.
     pub fn take_iterations(&self) -> Vec<Iteration> {
         self.door.iterations.take()

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use baton_shared::id::LeaseId;
 use baton_shared::kv::record::LeasedBlocks;
@@ -28,6 +29,8 @@ pub enum OutputEvent {
     Started {
         /// Prompt tokens found in the prefix cache.
         cached_tokens: u32,
+        /// Until there were blocks (and, but for a generation pass, a slot).
+        waited: Duration,
     },
     /// The next token.
     Token(TokenOut),

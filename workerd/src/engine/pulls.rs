@@ -4,7 +4,7 @@
 //! written to them any more, whatever became of the sequence. What the prefix cache has of a prompt is not fetched.
 
 use std::collections::HashMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use baton_shared::kv::record::Record;
 use baton_shared::wire::error::ErrorCode;
@@ -69,9 +69,9 @@ impl Engine {
         self.scheduler.admit(now, &mut admission);
         let has_moved = !(admission.pulls.is_empty() && admission.overdue.is_empty());
         for (id, cached_tokens) in admission.started.drain(..) {
-            self.count_admission(id, now);
+            let waited = self.count_admission(id, now);
             self.totals.prompt_prefix += u64::from(cached_tokens);
-            self.tell(id, OutputEvent::Started { cached_tokens });
+            self.tell(id, OutputEvent::Started { cached_tokens, waited });
         }
         for (id, source) in admission.pulls.drain(..) {
             self.count_admission(id, now);
@@ -89,11 +89,13 @@ impl Engine {
         has_moved
     }
 
-    fn count_admission(&mut self, id: SeqId, now: Instant) {
-        if let Some(sequence) = self.scheduler.get_mut(id) {
-            self.since.admitted += 1;
-            self.since.waited += now.saturating_duration_since(sequence.arrived);
-        }
+    /// How long it has waited.
+    fn count_admission(&mut self, id: SeqId, now: Instant) -> Duration {
+        let Some(sequence) = self.scheduler.get_mut(id) else { return Duration::ZERO };
+        sequence.waited = now.saturating_duration_since(sequence.arrived);
+        self.since.admitted += 1;
+        self.since.waited += sequence.waited;
+        sequence.waited
     }
 
     /// Moves the blocks of our own lease into the sequence: once, like any reader.
@@ -193,7 +195,8 @@ impl Engine {
     fn arrive(&mut self, id: SeqId, blocks: Blocks, found: u32) {
         let Some(sequence) = self.scheduler.get_mut(id) else { return };
         let cached_tokens = found * self.kv.layout.block_tokens;
-        sequence.output.push(OutputEvent::Started { cached_tokens });
+        let waited = sequence.waited;
+        sequence.output.push(OutputEvent::Started { cached_tokens, waited });
         self.totals.prompt_prefix += u64::from(cached_tokens);
         self.totals.prompt_pulled += u64::from(sequence.prompt_len - cached_tokens);
         self.scheduler.ready(id, blocks);

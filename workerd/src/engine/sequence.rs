@@ -80,6 +80,8 @@ pub(super) struct Sequence {
     /// Until it is first admitted.
     pub queued: Option<QueuePlace>,
     pub arrived: Instant,
+    /// Until it was admitted.
+    pub waited: Duration,
     /// Past this it does not wait for blocks any longer; never once it was admitted.
     pub deadline: Option<Instant>,
 }
@@ -130,6 +132,7 @@ impl Sequence {
             output,
             queued: Some(queued),
             arrived,
+            waited: Duration::ZERO,
             deadline,
         }
     }

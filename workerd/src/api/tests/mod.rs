@@ -135,7 +135,7 @@ impl Running {
                 leasable_tokens: BLOCKS / 2 * BLOCK_TOKENS,
                 block_tokens: BLOCK_TOKENS,
             },
-            metrics: Arc::new(Metrics::new(Role::Both)),
+            metrics: Arc::new(Metrics::new(Role::Both, "M")),
             mover,
             mint: IdMint::new(1, 1),
             started: 7,

@@ -253,7 +253,7 @@ impl Answer {
         let mut answer = Self::default();
         while let Some(event) = block_on(receiver.next()) {
             match event {
-                OutputEvent::Started { cached_tokens: _ } => answer.starts += 1,
+                OutputEvent::Started { .. } => answer.starts += 1,
                 OutputEvent::Token(token) => answer.tokens.push(token),
                 OutputEvent::ContextDone(leased) => answer.leased = Some(leased),
                 OutputEvent::Finished(reason) => answer.finish = Some(reason),

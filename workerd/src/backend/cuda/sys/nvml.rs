@@ -263,7 +263,7 @@ mod tests {
         let gpu = Nvml::open(compiled(folder.path(), FAKE), whole()).unwrap();
         let usage = gpu.usage().unwrap();
         assert_eq!(usage, Usage { used: 5000, total: 80 << 30, busy: Some(0.37) });
-        let metrics = Metrics::new(Role::Both);
+        let metrics = Metrics::new(Role::Both, "M");
         metrics.gpu(1, Some(&usage));
         let text = metrics.render(&EngineStatus::default(), MoverFigures::default());
         for line in [

@@ -1,0 +1,5 @@
+//! What operators look at: metrics against their reference.
+
+mod families;
+mod reference;
+mod series;
