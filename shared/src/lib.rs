@@ -9,6 +9,7 @@
 pub mod config;
 mod expected;
 pub mod id;
+mod journal;
 pub mod kv;
 pub mod metric;
 pub mod notify;

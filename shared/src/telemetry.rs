@@ -1,6 +1,6 @@
 //! Logs, and what ties the logs of several daemons together: the request id and W3C's `traceparent`.
 //!
-//! Logs go to standard error, one event a line. Which id a request has is decided where it enters; every later
+//! Logs go to standard error, one event a line, with its priority in front where that is the journal. Which id a request has is decided where it enters; every later
 //! hop takes it over.
 
 use std::fmt;
@@ -11,6 +11,8 @@ use tracing_subscriber::filter::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, fmt as log_format, reload};
+
+use crate::journal::Lines;
 
 /// `log.format`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,9 +61,9 @@ pub fn init(format: LogFormat, level: &str) -> Result<LogHandle, LogError> {
         LogFormat::Text => false,
         LogFormat::Json => true,
     };
-    let lines = log_format::layer().with_writer(std::io::stderr).with_ansi(is_terminal);
+    let lines = log_format::layer().with_writer(Lines::to_stderr()).with_ansi(is_terminal);
     let lines = if as_json {
-        lines.json().flatten_event(true).with_current_span(false).boxed()
+        lines.json().flatten_event(true).with_current_span(true).with_span_list(false).boxed()
     } else {
         lines.boxed()
     };

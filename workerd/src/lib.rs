@@ -15,6 +15,7 @@ pub mod failpoint;
 pub mod gpu_usage;
 pub mod handover;
 pub mod kv;
+pub mod log_level;
 pub mod metrics;
 pub mod model;
 pub mod ops;

@@ -21,6 +21,7 @@ use baton_workerd::config::WorkerConfig;
 use baton_workerd::engine::EngineEnd;
 use baton_workerd::failpoint;
 use baton_workerd::handover::nixl;
+use baton_workerd::log_level;
 use baton_workerd::ops;
 use clap::Parser;
 use tokio::net::TcpSocket;
@@ -50,7 +51,7 @@ fn main() -> ExitCode {
 fn run(args: Args) -> Result<ExitCode> {
     let action = args.action();
     let variable = |name: &str| std::env::var(name).ok();
-    let config = args.load(variable)?;
+    let config = args.clone().load(variable)?;
     let is_test = failpoint::enable(variable)?;
     match action {
         Action::Check => return Ok(ExitCode::SUCCESS),
@@ -63,7 +64,7 @@ fn run(args: Args) -> Result<ExitCode> {
     // Before the first thread: NIXL and UCX read the environment when they are loaded.
     let ucx: Vec<_> = config.nixl.ucx.clone().into_iter().collect();
     nixl::prepare_environment(&ucx)?;
-    telemetry::init(config.log.format, &config.log.level)?;
+    let log = telemetry::init(config.log.format, &config.log.level)?;
     if is_test {
         tracing::warn!("`BATON_TEST=1`: whoever reaches this worker can hold, slow and end it");
     }
@@ -78,6 +79,7 @@ fn run(args: Args) -> Result<ExitCode> {
     let notifier = Arc::new(notifier);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let _inside = runtime.enter();
+    log_level::follow(args, config.clone(), log)?;
     let is_serving = Arc::new(AtomicBool::new(false));
     let (shutdown, forced) = signals(Arc::clone(&notifier), Arc::clone(&is_serving))?;
     // Bound first, so that a port in use is found before a model is loaded; not yet listening, so that nobody

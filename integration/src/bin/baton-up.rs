@@ -90,6 +90,8 @@ fn read(file: &Path) -> Result<Plan> {
 async fn run(cli: &Up, plan: &Plan) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    // The terminal is closed; the daemons would read their configuration again.
+    let mut hang_up = signal(SignalKind::hangup())?;
     let folder = match &cli.logs {
         Some(folder) => std::path::absolute(folder)?,
         None => tempfile::Builder::new().prefix("baton-").tempdir()?.keep(),
@@ -102,7 +104,11 @@ async fn run(cli: &Up, plan: &Plan) -> Result<()> {
     ));
     let begun = Instant::now();
     let stopped = async {
-        tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hang_up.recv() => {}
+        }
     };
     tokio::pin!(stopped);
     let mut cluster = tokio::select! {

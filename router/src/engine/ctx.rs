@@ -13,6 +13,8 @@ use super::reply::REQUEST_ID;
 use crate::table::worker::Worker;
 
 const TRACE: HeaderName = HeaderName::from_static("traceparent");
+/// The first of the lines that every worker gets.
+const ID_LINE: &str = "x-request-id: ";
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +110,24 @@ impl RouterCtx {
     /// Header lines that every worker gets.
     pub(super) fn lines(&self) -> String {
         let (id, trace) = (self.request_id.as_str(), self.trace.to_string());
-        ["x-request-id: ", id, "\r\ntraceparent: ", &trace, "\r\n"].concat()
+        [ID_LINE, id, "\r\ntraceparent: ", &trace, "\r\n"].concat()
+    }
+}
+
+/// Whose request [`RouterCtx::lines`] are of; for logs.
+pub(super) fn request_id(lines: &str) -> &str {
+    let id = lines.strip_prefix(ID_LINE).and_then(|rest| rest.split('\r').next());
+    id.unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lines_of_a_request_say_whose_they_are() {
+        let cx = RouterCtx::default();
+        assert_eq!(request_id(&cx.lines()), cx.request_id.as_str());
+        assert_eq!(request_id(""), "");
     }
 }

@@ -14,6 +14,7 @@ use baton_shared::wire::auth::RELEASE_HEADER;
 use bytes::Bytes;
 use tokio::sync::Semaphore;
 
+use super::ctx::request_id;
 use super::hop;
 use super::orphan::Orphan;
 use super::plan::Record;
@@ -69,12 +70,13 @@ impl Releaser {
         drop(self.free.acquire_many(MOST).await);
     }
 
-    fn release(self: &Arc<Self>, worker: Arc<Worker>, id: DisaggRequestId) {
+    /// `lines` are those of the request that the lease was for.
+    fn release(self: &Arc<Self>, worker: Arc<Worker>, id: DisaggRequestId, lines: String) {
         let releaser = Arc::clone(self);
         self.spawn(1, async move {
-            let work = releaser.tries(&worker, id);
+            let work = releaser.tries(&worker, id, &lines);
             let end = tokio::time::timeout(DEADLINE, work).await.unwrap_or(End::Orphaned);
-            releaser.ended(&worker, id, end);
+            releaser.ended(&worker, id, &lines, end);
         });
     }
 
@@ -82,7 +84,8 @@ impl Releaser {
         let releaser = Arc::clone(self);
         self.spawn(PULL, async move {
             let is_read = orphan.pull(&releaser.table, &releaser.keys).await;
-            releaser.ended(&worker, id, if is_read { End::Given } else { End::Orphaned });
+            let end = if is_read { End::Given } else { End::Orphaned };
+            releaser.ended(&worker, id, &orphan.lines, end);
         });
     }
 
@@ -100,24 +103,30 @@ impl Releaser {
         });
     }
 
-    fn ended(&self, worker: &Worker, id: DisaggRequestId, end: End) {
+    fn ended(&self, worker: &Worker, id: DisaggRequestId, lines: &str, end: End) {
+        let request_id = request_id(lines);
         match end {
-            End::Given => self.metrics.released(),
-            End::Gone => tracing::debug!(worker = %worker.id, %id, "lease gone with its worker"),
+            End::Given => {
+                self.metrics.released();
+                tracing::debug!(request_id, worker = %worker.id, %id, "lease given back");
+            }
+            End::Gone => {
+                tracing::debug!(request_id, worker = %worker.id, %id, "lease gone with its worker");
+            }
             End::Orphaned => {
                 self.metrics.orphaned_kv();
-                tracing::warn!(worker = %worker.id, %id, "lease not given back, it stays until it expires");
+                tracing::warn!(request_id, worker = %worker.id, %id, "lease not given back, it stays until it expires");
             }
         }
     }
 
-    async fn tries(&self, worker: &Worker, id: DisaggRequestId) -> End {
+    async fn tries(&self, worker: &Worker, id: DisaggRequestId, lines: &str) -> End {
         let start = tokio::time::Instant::now();
         let body = format!("{{\"disagg_request_id\":{id}}}");
         let lines = if self.keys.authenticate() {
-            format!("{RELEASE_HEADER}: {}\r\n", self.keys.sign_release(body.as_bytes()))
+            format!("{lines}{RELEASE_HEADER}: {}\r\n", self.keys.sign_release(body.as_bytes()))
         } else {
-            String::new()
+            lines.to_owned()
         };
         let pieces = [Bytes::from(body)];
         let mut end = End::Orphaned;
@@ -211,7 +220,7 @@ impl<'a> Lease<'a> {
         let Some(id) = self.id.take() else { return };
         let Terms { releaser, orphans, request, lines } = self.terms;
         if takes_release(self.worker.dialect()) {
-            return releaser.release(Arc::clone(&self.worker), id);
+            return releaser.release(Arc::clone(&self.worker), id, lines.to_owned());
         }
         // A second reader of what somebody reads already would wait in vain.
         match (orphans, self.record, self.answer) {
@@ -249,7 +258,7 @@ mod tests {
         let keys = LiveKeys::from(Keys::none());
         let releaser = Arc::new(Releaser::new(Arc::clone(&table), keys, Arc::clone(&metrics)));
         let worker = Arc::clone(&table.snapshot_full().context[0]);
-        releaser.release(worker, IdMint::new(1, 1).next(1));
+        releaser.release(worker, IdMint::new(1, 1).next(1), String::new());
         releaser.idle().await;
         let text = metrics.render(&table.snapshot(), table.now(), 0);
         ["orphaned_kv", "releases"]

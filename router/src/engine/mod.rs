@@ -272,7 +272,7 @@ impl Router {
             End::Broken(why) => {
                 hop.end(HopOutcome::Failed);
                 self.0.table.report(&worker, health::Outcome::Failed);
-                tracing::warn!(worker = %worker.id, request = %cx.request_id, why, "answer broke off");
+                tracing::warn!(worker = %worker.id, request_id = %cx.request_id, why, "answer broke off");
                 cx.outcome = Some(Outcome::Aborted);
                 Error::e_explain(ErrorType::ConnectionClosed, "the worker broke off its answer")
             }

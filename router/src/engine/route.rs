@@ -10,6 +10,7 @@ use baton_shared::wire::error::ErrorCode;
 use bytes::Bytes;
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::ctx::request_id;
 use super::hop::{self, Fault, Hop};
 use super::lease::{Lease, Terms};
 use super::plan::{self, Blame, Next, Progress, Record};
@@ -376,8 +377,9 @@ impl<'a> Route<'a> {
         hop.end(counted);
         self.shared.table.report(worker, health);
         let next = self.progress.after(phase, trouble, record, self.is_better_expected(tried));
+        let request_id = request_id(self.lines);
         tracing::debug!(
-            worker = %worker.id, phase = phase.as_str(), why = message, ?next, "hop went wrong"
+            request_id, worker = %worker.id, phase = phase.as_str(), why = message, ?next, "hop went wrong"
         );
         match next {
             Next::Again { busy } => {
@@ -393,7 +395,7 @@ impl<'a> Route<'a> {
             }
             Next::GiveUp(code) => {
                 let text = format!("{} worker `{}`: {message}", phase.as_str(), worker.id);
-                tracing::warn!(worker = %worker.id, code = code.code(), why = message, "gave up");
+                tracing::warn!(request_id, worker = %worker.id, code = code.code(), why = message, "gave up");
                 Err(Routed::Reply(Reply::error(code, &text)))
             }
         }

@@ -27,6 +27,7 @@ pub async fn release(State(worker): State<Arc<Worker>>, request: Request<Body>) 
     match accept(&worker, request).await {
         Ok(id) => {
             failpoint::arrive(Point::Release).await;
+            tracing::debug!(request = %id, "a router releases the blocks");
             worker.engine.release(id);
             Json(serde_json::json!({ "disagg_request_id": id })).into_response()
         }

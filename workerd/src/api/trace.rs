@@ -17,7 +17,9 @@ pub async fn tie(request: Request, next: Next) -> Response {
     };
     let id = RequestId::accept_or_mint(text(request.headers(), REQUEST_ID).as_deref());
     let parent = text(request.headers(), TRACE_PARENT).and_then(|text| TraceParent::parse(&text));
-    let span = tracing::debug_span!("request", id = id.as_str(), trace = tracing::field::Empty);
+    // Whatever level is logged, a line says whose it is.
+    let span =
+        tracing::error_span!("request", request_id = id.as_str(), trace = tracing::field::Empty);
     if let Some(parent) = parent {
         span.record("trace", tracing::field::display(format_args!("{:032x}", parent.trace_id)));
     }

@@ -61,7 +61,8 @@ pub enum FinishReason {
 /// (`max_tokens` and a few), so that running over is a bug and ends the request.
 pub fn channel(capacity: usize) -> (OutputSender, OutputReceiver) {
     let buffer = Arc::new(Buffer { capacity, state: Mutex::new(State::default()) });
-    (OutputSender { buffer: Arc::clone(&buffer) }, OutputReceiver { buffer })
+    let span = tracing::Span::current();
+    (OutputSender { buffer: Arc::clone(&buffer), span }, OutputReceiver { buffer })
 }
 
 /// What is run when a receiver is dropped, with the leases in what it left unread. Must be quick and not block.
@@ -70,6 +71,8 @@ pub type OnClose = Arc<dyn Fn(&[LeaseId]) + Send + Sync>;
 /// The engine's end. Dropped before a last event (`Finished`, `Failed`), it sends `Failed` itself.
 pub struct OutputSender {
     buffer: Arc<Buffer>,
+    /// The request's, for what the engine has to say of it.
+    span: tracing::Span,
 }
 
 /// The request's end. Dropping it cancels the request.
@@ -111,6 +114,11 @@ impl OutputSender {
             waker.wake();
         }
         !overflows
+    }
+
+    /// Whose request this is, in logs.
+    pub fn span(&self) -> &tracing::Span {
+        &self.span
     }
 
     /// Whether nobody reads any more.

@@ -6,6 +6,8 @@ use baton_shared::id::DisaggRequestId;
 use baton_shared::kv::record::LeasedBlocks;
 use baton_shared::wire::error::ErrorCode;
 
+use tracing::Span;
+
 use super::iterations::Iteration;
 use super::output::{FinishReason, OutputEvent, TokenOut};
 use super::run::Engine;
@@ -130,7 +132,9 @@ impl Engine {
     fn finish_context(&mut self, id: SeqId, request: DisaggRequestId) {
         let blocks = self.scheduler.take_blocks(id);
         failpoint::reach(Point::ContextComputed);
-        let Some(leased) = self.lease(request, blocks) else {
+        let span = self.scheduler.get_mut(id).map(|sequence| sequence.output.span().clone());
+        let leased = span.unwrap_or_else(Span::none).in_scope(|| self.lease(request, blocks));
+        let Some(leased) = leased else {
             return self.fail(id, ErrorCode::Internal, "the blocks could not be leased");
         };
         let lease = leased.lease;
@@ -149,6 +153,7 @@ impl Engine {
         let expires_unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
             + self.config.lease_timeout;
         let grant = self.leases.grant(request, blocks, expires).ok()?;
+        tracing::debug!(%request, blocks = ids.len(), "blocks leased");
         let offered = OfferedLease {
             lease: grant.lease,
             expires_unix_ms: u64::try_from(expires_unix.as_millis()).unwrap_or(u64::MAX),

@@ -160,6 +160,9 @@ impl Engine {
                 blocks.append(target);
                 failpoint::reach(Point::GenerationPulled);
                 if let Some(id) = sequence {
+                    self.log(id, || {
+                        tracing::debug!(bytes, descriptors, ?elapsed, "blocks fetched")
+                    });
                     self.arrive(id, blocks, found);
                 }
             }
@@ -171,6 +174,13 @@ impl Engine {
                 self.leases.end(lease, LeaseEnd::Pulled);
             }
             MoverEvent::Lost => self.is_mover_lost = true,
+        }
+    }
+
+    /// Says something of a request, in its name.
+    fn log(&mut self, id: SeqId, line: impl FnOnce()) {
+        if let Some(sequence) = self.scheduler.get_mut(id) {
+            sequence.output.span().in_scope(line);
         }
     }
 
@@ -186,6 +196,7 @@ impl Engine {
         // What its client had left already did not fail for anybody.
         if let Some(id) = sequence {
             self.totals.count_failure(code);
+            self.log(id, || tracing::warn!(code = code.code(), why = message, "hand-over failed"));
             self.fail(id, code, message);
         }
     }

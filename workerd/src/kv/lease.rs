@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Instant;
 
 use baton_shared::id::{DisaggRequestId, LeaseId};
+use tracing::Span;
 
 use super::pool::{BlockState, Blocks};
 use super::region::EpochPage;
@@ -66,6 +67,8 @@ struct Lease {
     request: DisaggRequestId,
     slot: usize,
     blocks: Blocks,
+    /// Of the request it was granted for.
+    span: Span,
 }
 
 #[derive(Debug, Default)]
@@ -122,7 +125,7 @@ impl LeaseTable {
         let Some(slot) = self.free_slots.pop() else { return Err(blocks) };
         blocks.become_state(BlockState::Leased);
         let lease = LeaseId::random();
-        self.held.insert(lease, Lease { request, slot, blocks });
+        self.held.insert(lease, Lease { request, slot, blocks, span: Span::current() });
         self.by_request.insert(request, lease);
         self.by_expiry.push_back((expires, lease));
         let epoch_address = self.epochs.address(slot);
@@ -136,16 +139,22 @@ impl LeaseTable {
 
     /// Ends a lease and gives its blocks to the caller, no longer readable by anybody else.
     pub fn take(&mut self, lease: LeaseId, how: LeaseEnd) -> Option<Blocks> {
-        let Lease { request, slot, mut blocks } = self.held.remove(&lease)?;
+        let Lease { request, slot, mut blocks, span } = self.held.remove(&lease)?;
         self.by_request.remove(&request);
         self.epochs.bump(slot);
         self.free_slots.push(slot);
         blocks.become_state(BlockState::Used);
-        match how {
-            LeaseEnd::Pulled => self.ends.pulled += 1,
-            LeaseEnd::Released => self.ends.released += 1,
-            LeaseEnd::Expired => self.ends.expired += 1,
-        }
+        let count = match how {
+            LeaseEnd::Pulled => &mut self.ends.pulled,
+            LeaseEnd::Released => &mut self.ends.released,
+            LeaseEnd::Expired => &mut self.ends.expired,
+        };
+        *count += 1;
+        span.in_scope(|| match how {
+            LeaseEnd::Pulled => tracing::debug!(%request, "blocks were fetched"),
+            LeaseEnd::Released => tracing::debug!(%request, "blocks are not wanted any more"),
+            LeaseEnd::Expired => tracing::warn!(%request, "nobody fetched the blocks in time"),
+        });
         Some(blocks)
     }
 

@@ -2,6 +2,7 @@
 
 mod boards;
 mod families;
+mod logs;
 mod prometheus;
 mod reference;
 mod rules;
