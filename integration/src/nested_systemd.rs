@@ -15,6 +15,12 @@ use crate::netns;
 const SCRIPT: &str = include_str!("nested_systemd.sh");
 /// What the script and [`Nested::run`] start.
 const PROGRAMS: [&str; 6] = ["unshare", "nsenter", "setpriv", "ip", "mountpoint", "timeout"];
+/// The kinds of mounts that the script makes, where nobody sees them.
+const MOUNTS: &str = "mount --make-rprivate /
+    mount -t tmpfs trial /mnt
+    mkdir /mnt/upper /mnt/work /mnt/merged /mnt/group
+    mount -t overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work trial /mnt/merged
+    mount -t cgroup2 trial /mnt/group";
 /// Its start, and its end.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// No command inside may take longer.
@@ -40,7 +46,8 @@ impl Nested {
             return Some("there is no systemd".to_owned());
         }
         let mut trial = Command::new("unshare");
-        trial.args(["--pid", "--fork", "--mount", "--uts", "--ipc", "--cgroup", "--net", "true"]);
+        trial.args(["--pid", "--fork", "--mount", "--uts", "--ipc", "--cgroup", "--net"]);
+        trial.args(["sh", "-ec", MOUNTS]);
         match trial.output() {
             Ok(output) if output.status.success() => None,
             Ok(output) => Some(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
