@@ -142,7 +142,8 @@ async fn load(client: Client, model: &Tiny, round: u64) {
 /// A reload that is taken, and one that is not.
 async fn reload(admin: Client) {
     let put = async |text: &'static str| {
-        let answer = admin.send(Method::PUT, "/admin/table", &[], text.into()).await.unwrap();
+        let headers = [("content-type", "application/toml")];
+        let answer = admin.send(Method::PUT, "/admin/table", &headers, text.into()).await.unwrap();
         answer.whole().await.unwrap().status
     };
     assert_eq!(put("[routing]\nattempts = 4\n").await, 200);
