@@ -22,9 +22,9 @@ const MOUNTS: &str = "mount --make-rprivate /
     mount -t overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work trial /mnt/merged
     mount -t cgroup2 trial /mnt/group";
 /// Its start, and its end.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 /// No command inside may take longer.
-const COMMAND_SECONDS: &str = "90";
+const COMMAND_SECONDS: &str = "300";
 
 /// A running one.
 #[derive(Debug)]

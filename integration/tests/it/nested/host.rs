@@ -18,7 +18,7 @@ use baton_integration::tiny_model::TinyModel;
 use crate::support::skipped;
 
 /// Starts of several daemons on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 /// The router's ports, as shipped.
 pub const PUBLIC: u16 = 8000;
 pub const ADMIN: u16 = 9000;
