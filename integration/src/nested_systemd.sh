@@ -65,6 +65,8 @@ boot)
     : >etc/fstab
     : >etc/crypttab
     rm -rf var/log/journal usr/sbin/policy-rc.d
+    # Nor does anybody read manual pages here: dpkg need not index all of them.
+    rm -f var/lib/man-db/auto-update
     ip link set lo up
     mkdir old
     pivot_root . old
