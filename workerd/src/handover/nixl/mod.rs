@@ -12,6 +12,7 @@ mod tests;
 
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
+use std::path::Path;
 
 use baton_shared::id::{Incarnation, WorkerId};
 use baton_shared::kv::layout::CopyRun;
@@ -133,7 +134,7 @@ impl NixlTransport {
     fn create(&mut self) -> Result<(), TransportError> {
         let config = self.settings.engine_config(rand::random())?;
         let mut agent = Agent::open(&self.library, &self.agent_name(), &config)
-            .map_err(|(call, error)| broken(call, &error))?;
+            .map_err(|(call, error)| unopened(call, &error, Path::new(INTERFACES).exists()))?;
         for region in &self.regions {
             agent.register(region).map_err(|error| unregistered(region, &error))?;
         }
@@ -253,6 +254,19 @@ impl Transport for NixlTransport {
         let taken = self.agent()?.notifications(out);
         taken.map_err(|error| broken("taking notifications", &error))
     }
+}
+
+/// Where UCX looks for network interfaces; without one its back end is not made, and NIXL says only that.
+const INTERFACES: &str = "/sys/class/net";
+
+fn unopened(call: &'static str, error: &NixlError, has_interfaces: bool) -> TransportError {
+    if has_interfaces {
+        return broken(call, error);
+    }
+    let reason = format!(
+        "{error}; UCX looks for network interfaces in `{INTERFACES}`, which is not there: mount `/sys`"
+    );
+    TransportError::Broken { call, reason }
 }
 
 fn broken(call: &'static str, error: &NixlError) -> TransportError {

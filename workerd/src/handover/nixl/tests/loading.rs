@@ -206,3 +206,13 @@ fn ports_and_interfaces_that_cannot_be_are_refused() {
         assert!(config(interface, None).is_err());
     }
 }
+
+#[test]
+fn a_back_end_that_cannot_be_made_where_there_is_no_sys_is_an_error_that_says_so() {
+    let said = |has_interfaces| {
+        unopened("creating NIXL's UCX back end", &NixlError::BackendError, has_interfaces)
+            .to_string()
+    };
+    assert!(said(false).contains("in `/sys/class/net`, which is not there: mount `/sys`"));
+    assert!(!said(true).contains("/sys"));
+}
