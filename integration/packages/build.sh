@@ -172,6 +172,7 @@ deb() {
     program "$tree/usr" baton-client
     install -d "$tree/usr/share/doc/baton-tools/examples"
     cluster_file "$tree/usr/share/doc/baton-tools/examples/cluster.toml"
+    cp -r "$root"/config/{prometheus,grafana} "$tree/usr/share/doc/baton-tools/examples"
     needs "$tree"
     finish baton-tools "$tree" "$needed"
 }

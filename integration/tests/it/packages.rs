@@ -87,6 +87,8 @@ async fn the_packages_hold_what_an_operator_expects_and_run_from_where_they_are_
         "usr/lib/systemd/system/baton-router.socket",
         "usr/lib/systemd/system/baton-workerd@.service",
         "usr/share/doc/baton-tools/examples/cluster.toml",
+        "usr/share/doc/baton-tools/examples/grafana/overview.json",
+        "usr/share/doc/baton-tools/examples/prometheus/rules/alerts.yml",
         "usr/share/doc/baton-workerd/third-party-licences.gz",
     ] {
         assert!(root.join(file).is_file(), "{file}");
