@@ -25,9 +25,24 @@ fn a_target_starts_everything_serves_the_replaced_documentations_command_and_dra
     assert_eq!(answer["usage"]["completion_tokens"], 16, "{answer}");
     let status = host.show("baton-workerd@context-0", "StatusText");
     assert!(status.starts_with("serving: "), "{status}");
+    reloaded(&host);
     drained(&host);
     story(&host);
     removed(&host);
+}
+
+/// A worker takes a new level of its log, and goes on.
+fn reloaded(host: &Host) {
+    let pid = host.show("baton-workerd@context-1", "MainPID");
+    host.sh(
+        "echo 'log.level = \"info,hyper=warn\"' | cat - /etc/baton/workerd/context-1.toml >/tmp/new
+        cp /tmp/new /etc/baton/workerd/context-1.toml
+        systemctl reload baton-workerd@context-1",
+    );
+    host.eventually("the worker has a new level", || {
+        host.journal("baton-workerd@context-1").iter().any(|line| line.contains("new log level"))
+    });
+    assert_eq!(host.show("baton-workerd@context-1", "MainPID"), pid);
 }
 
 /// Stops everything while a stream runs, which comes to its end.
