@@ -16,11 +16,8 @@ const PATIENCE: &str = "7200";
 const PORTS: [u16; 5] = [8000, 8001, 8002, 8003, 9000];
 
 /// What downloads may need to know of the machine.
-const HANDED_ON: [&str; 10] = [
-    "PIP_CERT",
+const HANDED_ON: [&str; 7] = [
     "PIP_INDEX_URL",
-    "SSL_CERT_FILE",
-    "CARGO_HTTP_CAINFO",
     "HTTP_PROXY",
     "HTTPS_PROXY",
     "NO_PROXY",
@@ -28,6 +25,9 @@ const HANDED_ON: [&str; 10] = [
     "https_proxy",
     "no_proxy",
 ];
+
+/// Files of certificates that downloads may need. They get places of their own: the fresh Debian writes its own there.
+const CERTIFICATES: [&str; 3] = ["PIP_CERT", "SSL_CERT_FILE", "CARGO_HTTP_CAINFO"];
 
 /// Why it cannot run here.
 fn hindrance() -> Option<String> {
@@ -60,7 +60,7 @@ for folder in "$RUSTUP" "$CARGO/bin" "$CARGO/registry"; do
     mkdir -p "$ROOT$folder"
     mount --rbind "$folder" "$ROOT$folder"
 done
-for file in /etc/resolv.conf /etc/pip.conf "$CARGO/config.toml" "${PIP_CERT:-}" "${SSL_CERT_FILE:-}"; do
+for file in /etc/resolv.conf /etc/pip.conf "$CARGO/config.toml"; do
     if [ -f "$file" ]; then mkdir -p "$ROOT$(dirname "$file")"; cp -L "$file" "$ROOT$file"; fi
 done
 cd /
@@ -96,9 +96,15 @@ fn readme_and_tutorial_work_in_a_fresh_debian() {
     for (number, path) in ["README.md", "docs/src/use/start.md"].iter().enumerate() {
         std::fs::write(pages.join(number.to_string()), script(&page::read(path), true)).unwrap();
     }
-    let handed_on = HANDED_ON
-        .iter()
-        .filter_map(|name| std::env::var(name).ok().map(|value| format!("{name}={value}")));
+    let given = |names: &[&'static str]| -> Vec<(&str, String)> {
+        names.iter().filter_map(|name| Some((*name, std::env::var(name).ok()?))).collect()
+    };
+    let mut handed_on: Vec<_> =
+        given(&HANDED_ON).iter().map(|(name, value)| format!("{name}={value}")).collect();
+    for (name, file) in given(&CERTIFICATES) {
+        std::fs::copy(file, root.join("root").join(name)).unwrap();
+        handed_on.push(format!("{name}=/root/{name}"));
+    }
     let mut inside = Command::new("timeout");
     inside
         .args(["-k", "2", PATIENCE])
