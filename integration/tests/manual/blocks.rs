@@ -84,7 +84,14 @@ pub fn script(page: &Page, is_fresh: bool) -> String {
 const PRELUDE: &str = r#"
 set -eu -o pipefail -m
 blocks=$(mktemp -d)
-end_all() { for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done; wait || true; }
+# Also what goes on for a moment when its shell is gone, as daemons that drain: their ports are wanted again.
+end_all() {
+    local jobs job
+    jobs=$(jobs -p)
+    for job in $jobs; do kill -- "-$job" 2>/dev/null || true; done
+    wait || true
+    for job in $jobs; do while kill -0 -- "-$job" 2>/dev/null; do sleep 0.1; done; done
+}
 at() { echo "--- $1"; }
 curl() { command curl -fsS "$@"; }
 until_said() {
