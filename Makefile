@@ -69,11 +69,12 @@ deb: packaged
 tarball: packaged
 	@PROFILE=$(PROFILE) integration/packages/build.sh tarball
 
-# The binaries that are shipped, and what makes their manuals.
+# The binaries that are shipped, and what makes their manuals. Those of `dist` know their commit; others would be built anew for each.
 PROFILE ?= dist
+COMMIT = $(shell git rev-parse --short HEAD 2>/dev/null)
 packaged: setup
 	@cargo build --release --workspace --bin manuals
-	@cargo build --profile $(PROFILE) --workspace --bin baton-router --bin baton-workerd --bin baton-up --bin baton-client
+	@$(if $(and $(filter dist,$(PROFILE)),$(COMMIT)),BATON_GIT_HASH=$(COMMIT)) cargo build --profile $(PROFILE) --workspace --bin baton-router --bin baton-workerd --bin baton-up --bin baton-client
 
 ## What a build and a run need beyond the toolchain, into .deps.
 setup:
