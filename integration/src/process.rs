@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener};
 use std::ops::Range;
@@ -12,9 +12,12 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::files;
+
+/// After SIGSTOP, on a busy machine.
+const STANDS_STILL: Duration = Duration::from_secs(10);
 
 /// A port nobody listens on now, and that this process has not given out before. It is below those that the system
 /// gives to outgoing connections and to whoever binds to any port: these would take it before its daemon does.
@@ -162,7 +165,28 @@ impl Process {
         // The shell's own `kill`: the program is not on every machine.
         let order = format!("kill -{name} {}", self.id());
         let sent = Command::new("sh").arg("-c").arg(order).stderr(Stdio::null()).status();
-        sent.context("`sh`").map(drop)
+        sent.context("`sh`")?;
+        if name == "STOP" { self.stands_still() } else { Ok(()) }
+    }
+
+    /// Waits until none of its threads runs any more: each stops by itself when its turn comes.
+    fn stands_still(&self) -> Result<()> {
+        let tasks = format!("/proc/{}/task", self.id());
+        let begun = Instant::now();
+        loop {
+            let mut runs = false;
+            for task in fs::read_dir(&tasks)? {
+                let stat = fs::read_to_string(task?.path().join("stat")).unwrap_or_default();
+                // `ID (NAME) STATE ...`; a name may hold anything.
+                let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+                runs |= state.is_some_and(|state| !"TZX".contains(state));
+            }
+            if !runs {
+                return Ok(());
+            }
+            ensure!(begun.elapsed() < STANDS_STILL, "it goes on after SIGSTOP");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Waits for its end.
